@@ -1,0 +1,58 @@
+"""What every data set and every transform policy promises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vitdense.structures import Sample, Size
+
+
+class Dataset:
+    """Images with their truth.
+
+    Subclasses take `root` and `split` first and their options after `*`.
+
+    Attributes:
+        classes: names, in the order of the labels 0..C-1.
+        category_ids: the files' own id of each class, for writing results in their format.
+        channels: channels to decode images to; the engine sets it to what the model takes.
+    """
+
+    classes: list[str]
+    category_ids: list[int]
+    channels: int = 3
+
+    def __init__(self, root: Path, split: str) -> None:
+        self.root = Path(root)
+        self.split = split
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Sample:
+        """Sample with image and truth in original pixels; raises DataError naming the image."""
+        raise NotImplementedError
+
+
+class Policy:
+    """How samples are prepared, for training and for evaluation, with random numbers from torch.
+
+    Subclasses take their options after `*`.
+
+    Attributes:
+        canvas: the size that every evaluation image comes out at, or None if sizes vary.
+    """
+
+    canvas: Size | None = None
+
+    def train(self, sample: Sample) -> Sample:
+        """Augment image and truth together."""
+        raise NotImplementedError
+
+    def evaluate(self, sample: Sample) -> Sample:
+        """Resize the image alone: truth stays in original pixels."""
+        raise NotImplementedError
+
+
+class DataError(Exception):
+    """A file of a data set is missing or wrong: names the file, the fault and the remedy."""

@@ -1,0 +1,34 @@
+"""What every metric promises."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from vitdense.structures import Batch, Prediction
+
+
+class Metric:
+    """Compares predictions with truth over a whole data set, in original pixels.
+
+    Subclasses take the class names first and their options after `*`.
+
+    Attributes:
+        headline: the key of `compute` by which the best model is chosen; higher is better.
+    """
+
+    headline: ClassVar[str]
+
+    def __init__(self, classes: list[str]) -> None:
+        self.classes = classes
+
+    def update(self, predictions: list[Prediction], batch: Batch) -> None:
+        """Count one batch in."""
+        raise NotImplementedError
+
+    def compute(self) -> dict[str, float]:
+        """The numbers over all that was counted; per-class values as `AP/cat`, `IoU/cat`."""
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """Forget all."""
+        raise NotImplementedError

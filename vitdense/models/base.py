@@ -1,0 +1,59 @@
+"""What every model promises."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitdense.backbones.base import Backbone
+from vitdense.structures import Batch, Frame, Prediction, Target, Task
+
+
+class Model(nn.Module):
+    """Images in, answers out: the one object that is trained, saved and used.
+
+    Subclasses take the number of classes first and their options after `*`, and build
+    `backbone` before anything that reads it.
+
+    Attributes:
+        task: what it answers.
+        num_classes: classes 0..num_classes-1.
+        backbone: owns normalisation constants and the order of layers.
+        divisor: canvas sizes must be multiples of it; the loader pads to it.
+    """
+
+    task: Task
+    num_classes: int
+    backbone: Backbone
+    divisor: int
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of the images it takes; the data set decodes to this number."""
+        return self.backbone.in_chans
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 [B, C, H, W] in 0..255 -> float, by the backbone's mean and standard deviation."""
+        shape = (1, -1, 1, 1)
+        mean = torch.tensor(self.backbone.mean, device=images.device).mul_(255).view(shape)
+        std = torch.tensor(self.backbone.std, device=images.device).mul_(255).view(shape)
+        return (images - mean) / std
+
+    def forward(self, images: Tensor, targets: list[Target] | None = None) -> Any:
+        """Outputs of the head for uint8 images [B, C, H, W]; the same type in both modes."""
+        raise NotImplementedError
+
+    def loss(self, outputs: Any, targets: list[Target]) -> dict[str, Tensor]:
+        """Named, already weighted terms whose sum is the objective."""
+        raise NotImplementedError
+
+    def predict(self, outputs: Any, frames: list[Frame]) -> list[Prediction]:
+        """Answers in the pixels of each original image."""
+        raise NotImplementedError
+
+    def answer(self, batch: Batch) -> list[Prediction]:
+        """Forward and predict without gradients, for a batch that lies on the model's device."""
+        with torch.no_grad():
+            return self.predict(self(batch.images), batch.frames)
