@@ -1,0 +1,54 @@
+"""A mapping in a config is a call."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from vitdense.config.errors import ConfigError, Mark, Problem
+from vitdense.registry import REGISTRIES
+
+
+@dataclass(frozen=True)
+class Part:
+    """A named part with its options; called with the facts it needs, it builds the part.
+
+    Attributes:
+        kind, name: which part, as in `HEADS.get(name)`.
+        options: all of its options, with their defaults; parts among them are callables too.
+        path: where it stands in the config, as `model.head`.
+        marks: file and line of the part ("") and of its options.
+    """
+
+    kind: str
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    path: str = field(default="", compare=False)
+    marks: dict[str, Mark] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def type(self) -> type[Any]:
+        """The class, imported on first use."""
+        return REGISTRIES[self.kind].get(self.name)
+
+    def __call__(self, *facts: Any) -> Any:
+        """Build it; raises ConfigError at the part's place if the constructor refuses."""
+        options = {
+            name: value if isinstance(value, Part) else copy.deepcopy(value)
+            for name, value in self.options.items()
+        }
+        try:
+            return self.type(*facts, **options)
+        except (ValueError, FileNotFoundError) as error:
+            raise ConfigError([self._problem(str(error))]) from error
+
+    def _problem(self, message: str) -> Problem:
+        """A constructor's message begins with the name of the option that it refuses."""
+        name, _, rest = message.partition(":")
+        mark = self.marks.get("", Mark(f"{self.kind} {self.name!r}"))
+        if re.fullmatch(r"\w+", name) and name in self.options and rest:
+            path = f"{self.path}.{name}" if self.path else name
+            return Problem(self.marks.get(name, mark), path, rest.strip())
+        return Problem(mark, self.path, message)

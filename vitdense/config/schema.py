@@ -1,0 +1,197 @@
+"""The sections of a config: every key, its type, its default and its meaning.
+
+The options of parts (backbones, heads, data sets, ...) are not here: their constructors say them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+
+from vitdense.config.part import Part
+from vitdense.config.types import (
+    Fraction,
+    Int,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PartOf,
+    PositiveFloat,
+    PositiveInt,
+    Span,
+    Str,
+    Words,
+)
+
+Folder = Annotated[Path, Words("a path")]
+
+
+class Section(BaseModel):
+    """A section of the config."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, arbitrary_types_allowed=True, protected_namespaces=()
+    )
+
+
+class Data(Section):
+    """What the model learns from and is judged by."""
+
+    dataset: Annotated[Part, PartOf("dataset")] = Field(description="the format of the data")
+    root: Folder = Field(description="folder of the data set")
+    train: Str = Field(default="train", description="split to learn from")
+    val: Str = Field(default="val", description="split to evaluate on")
+    transforms: Annotated[Part, PartOf("transform")] = Field(
+        description="how images are prepared for training and for evaluation"
+    )
+    workers: NonNegativeInt | Literal["auto"] = Field(
+        default="auto",
+        description="processes that decode and augment; 0 = none beside the main one",
+    )
+
+
+def _decay(value: Any) -> Any:
+    return {True: 0.999, False: None}[value] if isinstance(value, bool) else value
+
+
+class Train(Section):
+    """How long and how the model is trained: one of steps, epochs and minutes must be given."""
+
+    steps: PositiveInt | None = Field(
+        default=None, description="length of the run in optimizer steps"
+    )
+    epochs: PositiveFloat | None = Field(default=None, description="length in passes over the data")
+    minutes: PositiveFloat | None = Field(
+        default=None, description="length in minutes of training; the schedule stretches to it"
+    )
+    batch_size: PositiveInt = Field(default=16, description="images per step and device")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="auto",
+        description="of the computation; auto = bf16 on a GPU that has it, else fp32",
+    )
+    accumulate: PositiveInt = Field(default=1, description="batches whose gradients make one step")
+    clip: PositiveFloat | None = Field(
+        default=0.1, description="largest norm of the gradient; null = any"
+    )
+    ema: Annotated[
+        Annotated[Fraction, Field(lt=1)] | None,
+        BeforeValidator(_decay),
+        Words("a number from 0 to below 1, true (0.999) or null"),
+    ] = Field(
+        default=None, description="decay of the averaged weights that are evaluated and saved"
+    )
+    evaluations: PositiveInt = Field(
+        default=5, description="evaluations, spread evenly over the run; the last is at its end"
+    )
+    checkpoint_every: PositiveInt = Field(default=500, description="steps between checkpoints")
+    pictures: NonNegativeInt = Field(
+        default=4, description="pictures of predictions beside truth at each evaluation"
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Train:
+        given = [key for key in ("steps", "epochs", "minutes") if getattr(self, key) is not None]
+        if len(given) != 1:
+            got = f"got {' and '.join(given)}" if given else "got none"
+            raise ValueError(f"give exactly one of steps, epochs and minutes, {got}")
+        return self
+
+
+class Optimizer(Section):
+    """AdamW; norms, biases and position embeddings do not decay."""
+
+    lr: PositiveFloat = Field(default=2e-4, description="highest learning rate")
+    weight_decay: NonNegativeFloat = Field(default=0.05, description="decoupled weight decay")
+    betas: tuple[Fraction, Fraction] = Field(
+        default=(0.9, 0.999),
+        description="decay of the running means of gradient and squared gradient",
+    )
+    backbone_scale: NonNegativeFloat = Field(
+        default=1.0, description="learning rate of the backbone, relative to lr"
+    )
+    layer_decay: Annotated[Fraction, Field(gt=0), Words("a number above 0, up to 1")] = Field(
+        default=1.0,
+        description="each layer of the backbone learns at this times the rate of the next",
+    )
+
+
+OF_SCHEDULES = {
+    "constant": (),
+    "cosine": ("final",),
+    "poly": ("final", "power"),
+    "multistep": ("milestones", "gamma"),
+}
+"""Which keys of `schedule` each schedule has beside `name` and `warmup`."""
+
+
+class Schedule(Section):
+    """The learning rate over the run: a linear warm-up, then a curve."""
+
+    name: Literal["cosine", "poly", "multistep", "constant"] = Field(
+        default="cosine", description="the curve"
+    )
+    warmup: Span = Field(
+        default=0.05,
+        description="span of the linear rise; it is cut short where it would fill the run",
+    )
+    final: Fraction = Field(
+        default=0.0, description="cosine, poly: rate at the end, relative to lr"
+    )
+    power: PositiveFloat = Field(default=0.9, description="poly: exponent of the fall")
+    milestones: tuple[Span, ...] = Field(
+        default=(0.6, 0.9),
+        description="multistep: spans after which the rate is multiplied by gamma",
+    )
+    gamma: Fraction = Field(default=0.1, description="multistep: factor at each milestone")
+
+    @model_validator(mode="after")
+    def _only_its_own(self) -> Schedule:
+        for key in ("final", "power", "milestones", "gamma"):
+            if key in self.model_fields_set and key not in OF_SCHEDULES[self.name]:
+                raise ValueError(f"{key}: schedule {self.name!r} has no option {key!r}; remove it")
+        return self
+
+
+class Config(Section):
+    """A whole config, checked, with all defaults."""
+
+    model: Annotated[Part, PartOf("model")] = Field(
+        description="what is trained; without a name: pyramid (backbone, neck, head)"
+    )
+    data: Data = Field(description=Data.__doc__)
+    train: Train = Field(description=Train.__doc__)
+    optimizer: Optimizer = Field(default=Optimizer(), description=Optimizer.__doc__)
+    schedule: Schedule = Field(default=Schedule(), description=Schedule.__doc__)
+    metric: Annotated[Part, PartOf("metric")] | None = Field(
+        default=None, description="what is measured; null = by the model's task: coco or miou"
+    )
+    imports: list[Str] = Field(
+        default_factory=list,
+        description="modules that register parts of your own; they are run like a script",
+    )
+    output: Folder = Field(description="folder of the run; by default runs/<config name>")
+    seed: Annotated[Int, Field(ge=0, lt=2**63), Words("a whole number from 0")] = Field(
+        default=0, description="of all random numbers"
+    )
+    device: Str = Field(
+        default="auto", description="auto, cpu, cuda, cuda:1, ...; auto = a GPU if any"
+    )
+
+    _name: str = PrivateAttr("config")
+
+    @property
+    def name(self) -> str:
+        """The config's path below a folder `configs`, or its file's name, without suffix."""
+        return self._name
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Config) and dict(self) == dict(other)
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "data": Data,
+    "train": Train,
+    "optimizer": Optimizer,
+    "schedule": Schedule,
+}
