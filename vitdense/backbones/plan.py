@@ -1,0 +1,87 @@
+"""How to build a timm model so that it takes the images at hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from vitdense.backbones.creation import check_name, native_size, on_meta, parameters_of
+from vitdense.backbones.survey import Survey, promised, round_up, survey
+from vitdense.structures import Size
+
+
+def make_plan(
+    name: str,
+    size: Size | None,
+    patch_size: int | None,
+    in_chans: int,
+    drop_path: float,
+    pad_before_roll: bool,
+    options: dict[str, Any],
+) -> tuple[dict[str, Any], Survey]:
+    """Arguments for timm's constructor, and what the model they make serves.
+
+    Raises:
+        ValueError: the model cannot serve, or has no such option.
+    """
+    check_name(name)
+    asked = {"num_classes": 0, "in_chans": in_chans, **options}
+    probe = on_meta(name, asked)
+    known = parameters_of(probe)
+    asked |= _fitting(name, probe, known, patch_size, drop_path, pad_before_roll) | options
+    probe = on_meta(name, asked)
+    native = native_size(probe)
+    if size is not None and "img_size" in known:
+        step = math.lcm(*(reduction for _, reduction in promised(probe)))
+        asked["img_size"] = native = round_up(size, (step, step))
+        probe = on_meta(name, asked)
+    return asked, _survey(name, probe, native, size, in_chans, known)
+
+
+def _fitting(
+    name: str,
+    probe: nn.Module,
+    known: set[str],
+    patch_size: int | None,
+    drop_path: float,
+    pad_before_roll: bool,
+) -> dict[str, Any]:
+    """The arguments that this family has for any size of image, its patches, and its dropping."""
+    from vitdense.backbones.swin import has_windows
+
+    arguments: dict[str, Any] = {}
+    if "strict_img_size" in known:
+        arguments["strict_img_size"] = False
+    elif "dynamic_img_size" in known:
+        arguments["dynamic_img_size"] = True
+    if pad_before_roll and has_windows(probe):
+        arguments["always_partition"] = True
+    if patch_size is not None:
+        if "patch_size" not in known:
+            raise ValueError(f"patch_size: {name} has no patches to resize")
+        arguments["patch_size"] = patch_size
+    if "drop_path_rate" in known:
+        arguments["drop_path_rate"] = drop_path
+    elif drop_path:
+        raise ValueError(f"drop_path: {name} has no stochastic depth")
+    return arguments
+
+
+def _survey(
+    name: str, probe: nn.Module, native: Size, size: Size | None, in_chans: int, known: set[str]
+) -> Survey:
+    if not hasattr(probe, "forward_intermediates"):
+        raise ValueError(f"model: {name} gives no intermediate maps in this version of timm")
+    try:
+        found = survey(probe, name, native, in_chans)
+    except ValueError as error:
+        option = "model" if size is None else "img_size"
+        made = "" if size is None else f" built for {size[0]}x{size[1]}"
+        raise ValueError(f"{option}: {name}{made} cannot serve as a backbone: {error}") from error
+    if found.canvas.fixed and size is not None and "img_size" not in known:
+        raise ValueError(
+            f"img_size: {name} cannot be built for another size than {native[0]}x{native[1]}"
+        )
+    return found
