@@ -1,0 +1,398 @@
+"""`deformable_detr` equals transformers' Deformable DETR on converted weights, and learns."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from torchvision.ops import box_iou
+from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
+from transformers.loss.loss_deformable_detr import (
+    DeformableDetrForObjectDetectionLoss,
+    DeformableDetrHungarianMatcher,
+    DeformableDetrImageLoss,
+)
+
+from vitdense.heads.detection.deformable_detr import DeformableDetrHead, choose_levels
+from vitdense.ops.boxes import xyxy_to_relative
+from vitdense.structures import Frame, Level, Target
+from vitdense.testing import check_head
+
+LEVELS = [Level(6, 4), Level(8, 8), Level(12, 16)]
+CANVAS = (64, 96)
+SMALL = dict(
+    width=32, heads=4, points=3, ffn=48, encoder_layers=2, decoder_layers=3, queries=10,
+    num_levels=3,
+)  # fmt: skip
+
+NAMES = [
+    (r"^model\.", ""),
+    (r"^input_proj", "inputs"),
+    (r"^query_position_embeddings", "queries"),
+    (r"^reference_points", "references"),
+    (r"^enc_output_norm", "proposal.1"),
+    (r"^enc_output\.", "proposal.0."),
+    (r"^pos_trans_norm", "place.1"),
+    (r"^pos_trans\.", "place.0."),
+    (r"coder\.layers\.", "coder."),
+    (r"^(encoder.*)\.self_attn\.", r"\1.attention."),
+    (r"^(encoder.*)\.self_attn_layer_norm", r"\1.norm"),
+    (r"\.self_attn\.", ".self_attention."),
+    (r"\.self_attn_layer_norm", ".self_norm"),
+    (r"\.encoder_attn\.", ".cross_attention."),
+    (r"\.encoder_attn_layer_norm", ".cross_norm"),
+    (r"\.sampling_offsets", ".offsets"),
+    (r"\.attention_weights", ".weights"),
+    (r"\.(q|query)_proj", ".query"),
+    (r"\.k_proj", ".key"),
+    (r"\.(v|value)_proj", ".value"),
+    (r"\.(o|output)_proj", ".output"),
+    (r"\.mlp\.fc1", ".feed_forward.expand"),
+    (r"\.mlp\.fc2", ".feed_forward.reduce"),
+    (r"\.final_layer_norm", ".feed_forward.norm"),
+    (r"^class_embed\.(\d+)", r"predictors.\1.classes"),
+    (r"^bbox_embed\.(\d+)", r"predictors.\1.boxes"),
+    (r"^predictors\.3\.", "proposer."),  # the one after the last layer
+]
+
+
+def convert(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers' names -> ours, without the backbone and the repeated predictors."""
+    converted = {}
+    for name, value in weights.items():
+        if "backbone" in name or name.startswith("model.decoder.") and "_embed" in name:
+            continue
+        for pattern, replacement in NAMES:
+            name = re.sub(pattern, replacement, name)
+        # proposals are told apart by class 0 alone
+        converted[name] = value[:1] if name.startswith("proposer.classes") else value
+    return converted
+
+
+class FixedFeatures(nn.Module):
+    """Stands where transformers has its backbone, so that both heads read the same maps."""
+
+    def __init__(self, features: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.features = features
+
+    def forward(self, images, mask):
+        return [(x, torch.ones(len(x), *x.shape[-2:], dtype=torch.bool)) for x in self.features]
+
+
+def reference(features: list[torch.Tensor], **changes) -> DeformableDetrForObjectDetection:
+    backbone = ResNetConfig(
+        hidden_sizes=[8, 8, 8, 12], depths=[1] * 4, out_features=["stage3", "stage4"]
+    )
+    config = DeformableDetrConfig(
+        backbone_config=backbone,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=3,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_n_points=3,
+        decoder_n_points=3,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        num_queries=10,
+        two_stage_num_proposals=10,
+        num_feature_levels=3,
+        num_labels=5,
+        tie_word_embeddings=False,
+        class_cost=2,
+        auxiliary_loss=True,
+        **changes,
+    )
+    model = DeformableDetrForObjectDetection(config)
+    model.model.backbone = FixedFeatures(features[1:])
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    if config.with_box_refine:
+        model.model.decoder.bbox_embed = model.bbox_embed
+        model.model.decoder.class_embed = model.class_embed
+    else:
+        model.bbox_embed = nn.ModuleList([model.bbox_embed[0]] * 3)
+        model.class_embed = nn.ModuleList([model.class_embed[0]] * 3)
+    return model.double().eval()
+
+
+def make_targets(*counts: int) -> list[Target]:
+    targets = []
+    for count in counts:
+        start = torch.rand(count, 2) * torch.tensor([60.0, 40.0])
+        boxes = torch.cat((start, start + 4 + torch.rand(count, 2) * 20), 1)
+        targets.append(Target(labels=torch.randint(5, (count,)), boxes=boxes))
+    return targets
+
+
+@pytest.fixture
+def features():
+    torch.manual_seed(0)
+    sizes = [(6, 16, 24), (8, 8, 12), (12, 4, 6)]
+    return [torch.randn(2, *size).double() for size in sizes]
+
+
+VARIANTS = {
+    "two_stage": dict(two_stage=True, box_refinement=True),
+    "refined": dict(two_stage=False, box_refinement=True),
+    "plain": dict(two_stage=False, box_refinement=False),
+}
+
+
+@pytest.fixture(params=list(VARIANTS))
+def pair(request, features):
+    options = VARIANTS[request.param]
+    theirs = reference(
+        features, two_stage=options["two_stage"], with_box_refine=options["box_refinement"]
+    )
+    ours = DeformableDetrHead(LEVELS, 5, **SMALL, **options).double().eval()
+    weights = convert(theirs.state_dict())
+    if not options["box_refinement"]:
+        weights = {k: v for k, v in weights.items() if not re.match(r"predictors\.[12]", k)}
+    ours.load_state_dict(weights)
+    return ours, theirs
+
+
+def test_outputs_of_all_layers_equal_transformers(pair, features, monkeypatch):
+    ours, theirs = pair
+    caught = {}
+
+    def catch(logits, labels, device, boxes, config, all_logits, all_boxes):
+        caught.update(logits=all_logits, boxes=all_boxes)
+        return None, None, None
+
+    monkeypatch.setattr(type(theirs), "loss_function", staticmethod(catch))
+    with torch.no_grad():
+        outputs = ours(features)
+        expected = theirs(torch.zeros(2, 3, *CANVAS).double(), labels=[])
+    # transformers embeds proposals in float32 whatever the model's type
+    atol = 1e-7 if ours.two_stage else 1e-10
+    torch.testing.assert_close(outputs.logits, caught["logits"], atol=atol, rtol=0)
+    torch.testing.assert_close(outputs.boxes, caught["boxes"], atol=atol, rtol=0)
+    torch.testing.assert_close(outputs.logits[-1], expected.logits, atol=atol, rtol=0)
+    if ours.two_stage:
+        logits, boxes = expected.enc_outputs_class, expected.enc_outputs_coord_logits
+        torch.testing.assert_close(outputs.encoder_logits[0], logits[..., :1], atol=1e-10, rtol=0)
+        torch.testing.assert_close(outputs.encoder_boxes[0], boxes.sigmoid(), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("counts", [(3, 2), (0, 4), (1, 0)])
+def test_losses_equal_transformers(pair, features, counts):
+    ours, theirs = pair
+    outputs = ours(features)
+    targets = make_targets(*counts)
+    losses = ours.loss(outputs, targets)
+    labels = [
+        {"class_labels": t.labels, "boxes": xyxy_to_relative(t.boxes.double(), CANVAS)}
+        for t in targets
+    ]
+    logits, boxes = outputs.logits, outputs.boxes
+    _, terms, _ = DeformableDetrForObjectDetectionLoss(
+        logits[-1], labels, "cpu", boxes[-1], theirs.config, logits, boxes
+    )
+    # transformers weighs the class by 1, the authors by 2
+    names = {"class": ("loss_ce", 2), "box": ("loss_bbox", 5), "giou": ("loss_giou", 2)}
+    for ours_name, (name, weight) in names.items():
+        torch.testing.assert_close(losses[ours_name], weight * terms[name], atol=1e-6, rtol=1e-6)
+        earlier = weight * (terms[name + "_0"] + terms[name + "_1"])
+        torch.testing.assert_close(losses[ours_name + "_aux"], earlier, atol=1e-6, rtol=1e-6)
+    assert set(losses) == {
+        name + suffix
+        for name in names
+        for suffix in (["", "_aux", "_encoder"] if ours.two_stage else ["", "_aux"])
+    }
+
+
+@pytest.mark.parametrize("aware", [False, True])
+def test_encoder_losses_equal_transformers_criterion(features, aware):
+    # transformers leaves the first stage untrained, so its criterion is called for it here
+    head = DeformableDetrHead(LEVELS, 5, class_aware_proposals=aware, **SMALL).double()
+    outputs = head(features)
+    targets = make_targets(3, 2)
+    losses = head.loss(outputs, targets)
+    matcher = DeformableDetrHungarianMatcher(class_cost=2, bbox_cost=5, giou_cost=2)
+    criterion = DeformableDetrImageLoss(matcher, 5 if aware else 1, 0.25, ["labels", "boxes"])
+    terms = criterion(
+        {"logits": outputs.encoder_logits[0], "pred_boxes": outputs.encoder_boxes[0]},
+        [
+            {
+                "class_labels": t.labels if aware else torch.zeros_like(t.labels),
+                "boxes": xyxy_to_relative(t.boxes.double(), CANVAS),
+            }
+            for t in targets
+        ],
+    )
+    names = {"class": ("loss_ce", 2), "box": ("loss_bbox", 5), "giou": ("loss_giou", 2)}
+    for ours_name, (name, weight) in names.items():
+        expected = weight * terms[name]
+        torch.testing.assert_close(losses[ours_name + "_encoder"], expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(two_stage=True),
+        dict(two_stage=False),
+        dict(two_stage=True, box_refinement=False, class_aware_proposals=True),
+        dict(two_stage=False, box_refinement=False, aux_loss=False),
+    ],
+)
+def test_conforms(options):
+    check_head(DeformableDetrHead, **SMALL, **options)
+
+
+@pytest.mark.parametrize(
+    "strides, expected",
+    [
+        ([4, 8, 16, 32], [1, 2, 3]),
+        ([3.5, 7, 14, 28], [1, 2, 3]),
+        ([8, 16, 32, 64], [0, 1, 2]),
+        ([4], [0]),
+    ],
+)
+def test_reads_levels_from_stride_8(strides, expected):
+    assert choose_levels([Level(8, stride) for stride in strides], None, 3) == expected
+
+
+def test_makes_missing_levels_by_halving_the_last(features):
+    head = DeformableDetrHead(LEVELS, 5, **(SMALL | dict(num_levels=5))).double()
+    maps = head._project(features)
+    assert [tuple(x.shape[-2:]) for x in maps] == [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]
+
+
+def test_fewer_cells_than_queries_become_fewer_queries(features):
+    head = DeformableDetrHead(LEVELS, 5, **(SMALL | dict(queries=500))).double()
+    cells = 8 * 12 + 4 * 6 + 2 * 3
+    assert head(features).logits.shape == (3, 2, cells, 5)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(input_levels=[0, 3]), "input_levels: must be rising numbers below 3"),
+        (dict(input_levels=[2, 1]), "input_levels: must be rising numbers below 3"),
+        (dict(input_levels=[0, 1, 2], num_levels=2), "num_levels: must be at least the 3"),
+        (dict(heads=5), "heads: 5 does not divide the width 32"),
+        (dict(width=30, heads=3), "width: must be a multiple of 4"),
+        (dict(aux_loss=False), "aux_loss: box_refinement trains"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        DeformableDetrHead(LEVELS, 5, **(SMALL | options))
+
+
+def test_answers_are_the_best_pairs_of_query_and_class_in_original_pixels(features):
+    head = DeformableDetrHead(LEVELS, 5, max_detections=7, **SMALL).double()
+    outputs = head(features)
+    outputs.logits = torch.randn_like(outputs.logits)
+    frames = [Frame(CANVAS, (64, 80), (32, 40)), Frame(CANVAS, CANVAS, CANVAS)]
+    for i, answer in enumerate(head.predict(outputs, frames)):
+        scores = outputs.logits[-1, i].float().sigmoid()
+        expected = sorted(
+            ((scores[q, c].item(), q, c) for q in range(10) for c in range(5)), reverse=True
+        )[:7]
+        torch.testing.assert_close(answer.scores, torch.tensor([e[0] for e in expected]))
+        assert answer.labels.tolist() == [e[2] for e in expected]
+        scale, limit = ([48, 32], [40, 32]) if i == 0 else ([96, 64], [96, 64])
+        for box, (_, q, _) in zip(answer.boxes, expected, strict=True):
+            centre, size = outputs.boxes[-1, i, q].float().view(2, 2)
+            corners = torch.cat((centre - size / 2, centre + size / 2)) * torch.tensor(scale * 2)
+            corners = corners.clamp(min=0).minimum(torch.tensor(limit * 2))
+            torch.testing.assert_close(box, corners)
+
+
+def test_equal_scores_keep_the_order_of_queries(features):
+    head = DeformableDetrHead(LEVELS, 5, max_detections=12, **SMALL).double()
+    outputs = head(features)
+    outputs.logits = torch.zeros_like(outputs.logits)
+    (answer, _) = head.predict(outputs, [Frame(CANVAS, CANVAS, CANVAS)] * 2)
+    assert answer.labels.tolist() == [0, 1, 2, 3, 4] * 2 + [0, 1]
+
+
+def test_uses_the_costs_and_constants_of_the_paper():
+    head = DeformableDetrHead(LEVELS, 5, **SMALL)
+    matcher = head.criterion.matcher
+    assert (matcher.class_weight, matcher.box_weight, matcher.giou_weight) == (2, 5, 2)
+    assert head.criterion.weights == {"class": 2, "box": 5, "giou": 2}
+    for predictor in [*head.predictors, head.proposer]:
+        torch.testing.assert_close(
+            predictor.classes.bias.sigmoid(), torch.full_like(predictor.classes.bias, 0.01)
+        )
+
+
+def make_scene():
+    """Two images of coloured rectangles, 64 x 64, and their truth."""
+    boxes = [
+        [[4.0, 6, 30, 26], [36, 30, 60, 58], [8, 40, 24, 60]],
+        [[20.0, 10, 56, 40], [2, 44, 22, 62]],
+    ]
+    labels = [[0, 1, 2], [2, 0]]
+    images = torch.zeros(2, 3, 64, 64)
+    for image, corners, classes in zip(images, boxes, labels, strict=True):
+        for (left, top, right, bottom), label in zip(corners, classes, strict=True):
+            image[label, int(top) : int(bottom), int(left) : int(right)] = 1
+    targets = [
+        Target(labels=torch.tensor(classes), boxes=torch.tensor(corners))
+        for classes, corners in zip(labels, boxes, strict=True)
+    ]
+    return images, targets
+
+
+def overfit(head, stride: int, steps: int):
+    """Train the head on patches of the scene; returns first and last total loss, and answers."""
+    images, targets = make_scene()
+    patches = nn.Sequential(nn.Conv2d(3, 32, stride, stride), nn.ReLU())
+    halved = nn.Conv2d(32, 32, 2, 2)
+    parameters = [*patches.parameters(), *halved.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 2e-3, total_steps=steps, pct_start=0.1
+    )
+    totals = []
+    for _ in range(steps):
+        fine = patches(images)
+        total = sum(head.loss(head([fine, halved(fine)], targets), targets).values())
+        optimizer.zero_grad()
+        total.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        totals.append(total.detach())
+    head.eval()
+    with torch.no_grad():
+        fine = patches(images)
+        answers = head.predict(
+            head([fine, halved(fine)]), [Frame((64, 64), (64, 64), (64, 64))] * 2
+        )
+    return totals[0].item(), totals[-1].item(), answers, targets
+
+
+def test_overfits_two_images():
+    torch.manual_seed(0)
+    levels = [Level(32, 4), Level(32, 8)]
+    head = DeformableDetrHead(
+        levels,
+        3,
+        width=32,
+        heads=4,
+        ffn=64,
+        encoder_layers=1,
+        decoder_layers=2,
+        queries=10,
+        num_levels=2,
+        input_levels=[0, 1],
+        dropout=0.0,
+    )
+    first, last, answers, targets = overfit(head, 4, 300)
+    assert last < 0.01 * first
+    for answer, target in zip(answers, targets, strict=True):
+        count = len(target.labels)
+        overlaps, found = box_iou(target.boxes, answer.boxes[:count]).max(1)
+        assert overlaps.min() > 0.9
+        assert torch.equal(answer.labels[found], target.labels)
+        assert answer.scores[count - 1] > 0.4
+        assert answer.scores[count] < 0.3
