@@ -1,0 +1,140 @@
+"""Mean intersection over union, from one confusion matrix over the whole data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vitdense.data.base import DataError
+from vitdense.metrics.base import Metric
+from vitdense.registry import METRICS
+from vitdense.structures import IGNORE, Batch, Prediction
+
+PENDING = 64
+"""Images whose labels are checked together: each check waits for the device."""
+
+
+@METRICS.register("miou")
+class MeanIoU(Metric):
+    """aAcc, mIoU, mAcc and each class's IoU and Acc, in 0..1, as mmsegmentation names them.
+
+    Counts are int64 and stay on the device of the predictions. A class is absent if neither truth
+    nor prediction has a pixel of it (IoU), or the truth has none (Acc): `skip` leaves it out of
+    means and results, as mmsegmentation does; `zero` counts it as 0, as ADE20K's own code does.
+    """
+
+    headline = "mIoU"
+
+    def __init__(
+        self,
+        classes: list[str],
+        *,
+        absent: Literal["skip", "zero"] = "skip",  # classes without pixels
+    ) -> None:
+        super().__init__(classes)
+        self.absent = absent
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all."""
+        # Row: truth, column: prediction. The last of each takes what must not count.
+        side = len(self.classes) + 1
+        self.matrix = torch.zeros(side, side, dtype=torch.int64)
+        self._faults: list[Tensor] = []
+        self._paths: list[Path] = []
+
+    def update(self, predictions: list[Prediction], batch: Batch) -> None:
+        """Count one batch in.
+
+        Raises:
+            ValueError: a prediction has another size than the truth, or no such class.
+            DataError: a label is neither a class nor IGNORE; at most 64 images later, or by
+                `compute`, so that no image waits for the device.
+        """
+        for prediction, target, path in zip(predictions, batch.targets, batch.paths, strict=True):
+            if prediction.semantic is None or target.semantic is None:
+                raise ValueError(f"{path}: the miou metric needs a semantic prediction and truth")
+            self._count(prediction.semantic, target.semantic, path)
+        if len(self._faults) >= PENDING:
+            self._check()
+
+    def _count(self, answer: Tensor, truth: Tensor, path: Path) -> None:
+        if answer.shape != truth.shape:
+            raise ValueError(
+                f"{path}: the prediction is of size {list(answer.shape)}, the truth of "
+                f"{list(truth.shape)}: both must be in pixels of the original image"
+            )
+        answer, truth = answer.long(), truth.to(answer.device).long()
+        classes = len(self.classes)
+        known = (truth >= 0) & (truth < classes)
+        answered = (answer >= 0) & (answer < classes)
+        cells = truth.where(known, classes) * (classes + 1) + answer.where(answered, classes)
+        self.matrix = self.matrix.to(answer.device)
+        # Not bincount, which waits for the device to learn its size.
+        self.matrix.view(-1).scatter_add_(0, cells.flatten(), torch.ones_like(cells).flatten())
+        strange = ~known & (truth != IGNORE)
+        self._faults.append(torch.stack([_worst(truth, strange), _worst(answer, ~answered)]))
+        self._paths.append(path)
+
+    def _check(self) -> None:
+        faults = torch.stack(self._faults).tolist() if self._faults else []
+        highest = len(self.classes) - 1
+        for (label, answer), path in zip(faults, self._paths, strict=True):
+            if label != _NONE:
+                raise DataError(
+                    f"{path}: its annotation has label {label}, classes are 0..{highest} and "
+                    f"{IGNORE} is ignored: correct the file or the list of classes"
+                )
+            if answer != _NONE:
+                raise ValueError(f"{path}: class {answer} was predicted, classes are 0..{highest}")
+        self._faults, self._paths = [], []
+
+    def compute(self) -> dict[str, float]:
+        """aAcc, mIoU, mAcc, IoU/<class>, Acc/<class>; zeros if no pixel was counted.
+
+        Adds up the counts of all processes; raises as `update` does.
+        """
+        self._check()
+        counts = _sum_over_processes(self.matrix).cpu()[:-1, :-1].double()
+        hits, truth, answers = counts.diag(), counts.sum(dim=1), counts.sum(dim=0)
+        iou = self._ratios("IoU", hits, truth + answers - hits)
+        acc = self._ratios("Acc", hits, truth)
+        return {
+            "aAcc": (hits.sum() / truth.sum().clamp(min=1)).item(),
+            "mIoU": sum(iou.values()) / max(len(iou), 1),
+            "mAcc": sum(acc.values()) / max(len(acc), 1),
+            **iou,
+            **acc,
+        }
+
+    def _ratios(self, name: str, parts: Tensor, wholes: Tensor) -> dict[str, float]:
+        ratios = (parts / wholes.clamp(min=1)).tolist()
+        rows = zip(self.classes, ratios, wholes.tolist(), strict=True)
+        return {
+            f"{name}/{label}": ratio
+            for label, ratio, whole in rows
+            if whole > 0 or self.absent == "zero"
+        }
+
+
+_NONE = torch.iinfo(torch.int64).min
+
+
+def _worst(values: Tensor, wrong: Tensor) -> Tensor:
+    """The highest of the wrong values, or _NONE."""
+    if values.numel() == 0:
+        return values.new_tensor(_NONE)
+    return values.where(wrong, _NONE).max()
+
+
+def _sum_over_processes(matrix: Tensor) -> Tensor:
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return matrix
+    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    total = matrix.to(device, copy=True)
+    distributed.all_reduce(total)
+    return total
