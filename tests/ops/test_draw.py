@@ -1,0 +1,94 @@
+"""Pictures show what they were given."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vitdense.ops.draw import draw, grid, palette, side_by_side
+from vitdense.structures import IGNORE, Prediction, Target
+
+GREY = torch.full((3, 80, 120), 128, dtype=torch.uint8)
+NAMES = ["cat", "dog"]
+
+
+def changed(picture: torch.Tensor) -> torch.Tensor:
+    return (picture != 128).any(0)
+
+
+def test_boxes_are_drawn_in_their_colors_and_the_image_stays():
+    before = GREY.clone()
+    box = torch.tensor([[20.0, 30.0, 90.0, 70.0]])
+    picture = draw(GREY, Target(torch.tensor([1]), box), NAMES)
+    assert picture.dtype == torch.uint8 and picture.shape == GREY.shape
+    assert torch.equal(GREY, before)
+    color = torch.tensor(palette(2)[1], dtype=torch.uint8)
+    for y, x in ((69, 50), (50, 20), (50, 89)):
+        assert torch.equal(picture[:, y, x], color)
+    assert not changed(picture)[40:60, 30:80].any()
+
+
+def test_weak_predictions_are_left_out():
+    answer = Prediction(
+        scores=torch.tensor([0.9, 0.2]),
+        labels=torch.tensor([0, 1]),
+        boxes=torch.tensor([[5.0, 40.0, 30.0, 60.0], [70.0, 40.0, 110.0, 70.0]]),
+    )
+    assert not changed(draw(GREY, answer, NAMES))[:, 60:].any()
+    assert changed(draw(GREY, answer, NAMES, threshold=0.1))[:, 60:].any()
+
+
+@pytest.mark.parametrize("kind", ["masks", "panoptic"])
+def test_masks_are_tinted(kind):
+    mask = torch.zeros(80, 120, dtype=torch.bool)
+    mask[30:60, 40:100] = True
+    answer = Prediction(scores=torch.tensor([0.8]), labels=torch.tensor([0]))
+    setattr(answer, kind, mask[None] if kind == "masks" else mask.long())
+    picture = draw(GREY, answer, NAMES)
+    assert changed(picture)[31:59, 41:99].all()
+    assert not changed(picture)[62:].any()
+
+
+def test_label_maps_are_tinted_and_ignored_pixels_are_not():
+    semantic = torch.zeros(80, 120, dtype=torch.uint8)
+    semantic[:, 60:] = IGNORE
+    picture = draw(GREY, Target(semantic=semantic), NAMES)
+    assert changed(picture)[:, :60].all() and not changed(picture)[:, 60:].any()
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_scale_and_channels(channels):
+    image = torch.zeros(channels, 20, 30, dtype=torch.uint8)
+    mask = torch.ones(1, 20, 30, dtype=torch.bool)
+    target = Target(torch.tensor([1]), torch.tensor([[1.0, 1, 9, 9]]), mask)
+    assert draw(image, target, NAMES, scale=3).shape == (3, 60, 90)
+
+
+def test_nothing_to_draw_is_the_image():
+    answer = Prediction(torch.zeros(0), torch.zeros(0, dtype=torch.long), torch.zeros(0, 4))
+    assert torch.equal(draw(GREY, answer, NAMES), GREY)
+    assert torch.equal(draw(GREY, Target(), NAMES), GREY)
+
+
+def test_boxes_of_any_kind_do_not_fail():
+    boxes = torch.tensor([[-5.0, -5, 500, 500], [10, 10, 10.2, 10.1], [118, 78, 120, 80]])
+    picture = draw(GREY, Target(torch.tensor([0, 1, 0]), boxes), ["a" * 60, "b"])
+    assert changed(picture).any()
+
+
+def test_rows_and_grids():
+    red, tall = torch.zeros(3, 10, 20, dtype=torch.uint8), torch.ones(3, 30, 5, dtype=torch.uint8)
+    row = side_by_side(red, tall, gap=2)
+    assert row.shape == (3, 30, 27)
+    assert torch.equal(row[:, :10, :20], red) and torch.equal(row[:, :, 22:], tall)
+    assert (row[:, 10:, :20] == 255).all()
+    sheet = grid([red, red, tall], columns=2, gap=2)
+    assert sheet.shape == (3, 42, 42)
+    assert torch.equal(sheet[:, 12:, :5], tall)
+
+
+def test_colors_differ():
+    colors = torch.tensor(palette(20)).float()
+    apart = torch.cdist(colors, colors) + 1000 * torch.eye(20)
+    assert apart.min() > 40
+    assert palette(3) == palette(20)[:3]

@@ -1,0 +1,86 @@
+"""Boxes and instance masks in COCO's JSON format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vitdense.data.base import DataError, Dataset
+from vitdense.data.coco_file import CocoFile
+from vitdense.data.images import inside, read_image
+from vitdense.data.layouts import Layout, find_layout
+from vitdense.registry import DATASETS
+from vitdense.structures import Sample, Size, Target
+
+LAYOUTS = (
+    Layout("annotations/instances_{split}.json", "images/{split}"),
+    Layout("annotations/instances_{split}.json", "{split}"),
+    Layout("{split}/_annotations.coco.json", "{split}"),
+)
+"""Where the files lie: this toolbox's own layout, COCO's, Roboflow's."""
+
+
+@DATASETS.register("coco")
+class CocoDataset(Dataset):
+    """A data set in COCO's format; crowds and images without objects are kept.
+
+    Classes are the categories sorted by id. Boxes are cut at the image's edges; boxes without
+    area, or wholly outside, are left out, and both are counted in a warning.
+
+    Raises:
+        DataError: files are missing or wrong.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        split: str,
+        *,
+        masks: bool = False,  # read instance masks too
+        annotations: str | None = None,  # the JSON file under root, as "labels/{split}.json"
+        images: str | None = None,  # the folder of images under root, as "photos/{split}"
+    ) -> None:
+        super().__init__(root, split)
+        self.masks = masks
+        layout = find_layout(self.root, split, LAYOUTS, annotations, images)
+        self.annotations, self.images = layout
+        self._file = CocoFile(self.annotations, self.images, masks)
+        self.classes = self._file.classes
+        self.category_ids = self._file.category_ids
+
+    def __len__(self) -> int:
+        return len(self._file.names)
+
+    def __getitem__(self, index: int) -> Sample:
+        file = self._file
+        name, size = str(file.names[index]), file.size(index)
+        path = inside(self.images, name, self.annotations)
+        image = read_image(path, self.channels, size)
+        target = self._target(index, size)
+        return Sample(image, target, file.image_ids[index].item(), size, path)
+
+    def _target(self, index: int, size: Size) -> Target:
+        file = self._file
+        span = slice(file.starts[index], file.starts[index + 1])
+        return Target(
+            labels=torch.from_numpy(file.labels[span].astype(np.int64)),
+            boxes=torch.from_numpy(file.boxes[span].copy()),
+            masks=self._masks(span, size) if self.masks else None,
+            crowd=torch.from_numpy(file.crowd[span].copy()),
+            area=torch.from_numpy(file.area[span].copy()),
+        )
+
+    def _masks(self, span: slice, size: Size) -> torch.Tensor:
+        from vitdense.ops.masks import decode_segmentation
+
+        masks = np.zeros((span.stop - span.start, *size), dtype=bool)
+        for place, annotation in enumerate(range(span.start, span.stop)):
+            try:
+                masks[place] = decode_segmentation(self._file.segmentation(annotation), *size)
+            except ValueError as error:
+                raise DataError(
+                    f"{self.annotations}: annotation {self._file.ids[annotation]}: {error}"
+                ) from None
+        return torch.from_numpy(masks)

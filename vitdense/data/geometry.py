@@ -1,0 +1,148 @@
+"""One movement of an image and its truth: cut a window out, resize it, lay it on a canvas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitdense.ops.masks import masks_to_boxes
+from vitdense.structures import IGNORE, Sample, Size, Target
+
+VISIBLE = 0.25
+"""An object stays in the truth while this part of its box is in the window."""
+
+
+@dataclass(frozen=True, slots=True)
+class Movement:
+    """Crop, mirror, resize and padding in one: every augmentation of place and size.
+
+    Cropping before resizing, and resizing once, is what makes it fast.
+
+    Attributes:
+        corner: (top, left) of the window in the image.
+        window: size of what is cut out.
+        content: the size that the window is brought to.
+        canvas: the size that comes out; what the content leaves free is padding.
+        at: (top, left) of the content on the canvas.
+        mirror: left becomes right.
+    """
+
+    corner: tuple[int, int]
+    window: Size
+    content: Size
+    canvas: Size
+    at: tuple[int, int] = (0, 0)
+    mirror: bool = False
+
+    def __call__(self, sample: Sample, color: Callable[[Tensor], Tensor] | None = None) -> Sample:
+        """The moved sample, without crowds, objects out of sight, and areas.
+
+        Args:
+            color: changes the colors of the content, at its new size and before padding.
+        """
+        cropped = self.window != tuple(sample.image.shape[1:])
+        content = resize(self._cut(sample.image), self.content)
+        image = self._move(color(content) if color else content, fill=0)
+        return replace(sample, image=image, target=self._target(sample.target, cropped))
+
+    def _cut(self, maps: Tensor) -> Tensor:
+        (top, left), (height, width) = self.corner, self.window
+        return maps[:, top : top + height, left : left + width]
+
+    def _move(self, maps: Tensor, fill: int) -> Tensor:
+        """Mirror maps [N, h, w] of the content's size and lay them on the canvas."""
+        maps = maps.flip(2) if self.mirror else maps
+        if self.content == self.canvas:
+            return maps
+        (top, left), (height, width) = self.at, self.content
+        canvas = maps.new_full((maps.shape[0], *self.canvas), fill)
+        canvas[:, top : top + height, left : left + width] = maps
+        return canvas
+
+    def _target(self, target: Target, cropped: bool) -> Target:
+        if target.boxes is None and target.masks is not None:
+            target = replace(target, boxes=masks_to_boxes(target.masks))
+        target = self._without_unseen(target)
+        moved = Target(target.labels)
+        if target.boxes is not None:
+            moved.boxes = self._boxes(target.boxes)
+        if target.semantic is not None:
+            labels = _resize_labels(self._cut(target.semantic[None]), self.content)
+            moved.semantic = self._move(labels, fill=IGNORE)[0]
+        if target.masks is not None:
+            masks = _resize_labels(self._cut(target.masks).to(torch.uint8), self.content)
+            moved.masks = self._move(masks, fill=0).bool()
+            moved = _hug(moved, moved.masks) if cropped else moved
+        return moved
+
+    def _without_unseen(self, target: Target) -> Target:
+        keep = None if target.crowd is None else ~target.crowd
+        if target.boxes is not None:
+            inside = self._inside(target.boxes)
+            sides = inside[:, 2:] - inside[:, :2]
+            whole = target.boxes[:, 2:] - target.boxes[:, :2]
+            seen = (sides.prod(1) >= VISIBLE * whole.prod(1)) & self._wide_enough(sides)
+            keep = seen if keep is None else keep & seen
+        return target if keep is None or keep.all() else select(target, keep)
+
+    def _wide_enough(self, sides: Tensor) -> Tensor:
+        """At least one pixel wide and high after resizing."""
+        return (sides * self._scale(sides) >= 1).all(1)
+
+    def _scale(self, like: Tensor) -> Tensor:
+        (height, width), (new_height, new_width) = self.window, self.content
+        return like.new_tensor([new_width / width, new_height / height])
+
+    def _inside(self, boxes: Tensor) -> Tensor:
+        """xyxy relative to the window's corner, cut at its edges."""
+        (top, left), (height, width) = self.corner, self.window
+        low, high = boxes.new_zeros(4), boxes.new_tensor([width, height, width, height])
+        return (boxes - boxes.new_tensor([left, top, left, top])).clamp(low, high)
+
+    def _boxes(self, boxes: Tensor) -> Tensor:
+        boxes = self._inside(boxes) * self._scale(boxes).repeat(2)
+        if self.mirror:
+            x1, y1, x2, y2 = boxes.unbind(1)
+            boxes = torch.stack([self.content[1] - x2, y1, self.content[1] - x1, y2], 1)
+        top, left = self.at
+        return boxes + boxes.new_tensor([left, top, left, top])
+
+
+def select(target: Target, keep: Tensor) -> Target:
+    """The target with some of its objects; what belongs to pixels stays."""
+    values = {f.name: getattr(target, f.name) for f in fields(target)}
+    per_object = {name: value for name, value in values.items() if name != "semantic"}
+    return replace(target, **{k: v[keep] for k, v in per_object.items() if v is not None})
+
+
+def resize(image: Tensor, size: Size) -> Tensor:
+    """Bilinear with antialiasing, as Pillow does it: the one way that images are resized.
+
+    Args:
+        image: uint8 [C, H, W].
+    """
+    from torchvision.transforms.v2 import functional
+
+    if tuple(image.shape[1:]) == size:
+        return image
+    return functional.resize(image, list(size), antialias=True)
+
+
+def _resize_labels(labels: Tensor, size: Size) -> Tensor:
+    """Nearest by pixel centres, which lie where `resize` puts them; uint8 or int64 [N, H, W]."""
+    if tuple(labels.shape[1:]) == size:
+        return labels
+    if not labels.shape[0]:
+        return labels.new_zeros((0, *size))
+    maps = labels if labels.dtype == torch.uint8 else labels.double()
+    return F.interpolate(maps[None], size, mode="nearest-exact")[0].to(labels.dtype)
+
+
+def _hug(target: Target, masks: Tensor) -> Target:
+    """Boxes from masks after a crop, which may have cut off what the box was drawn around."""
+    target = replace(target, boxes=masks_to_boxes(masks))
+    return select(target, masks.flatten(1).any(1))

@@ -1,0 +1,190 @@
+"""Batches: endless and resumable for training, once through for evaluation."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from math import ceil
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, get_worker_info
+
+from vitdense.data.base import DataError, Dataset, Policy
+from vitdense.data.collate import PackedBatch, collate
+from vitdense.structures import Batch, Sample
+
+Workers = int | Literal["auto"]
+
+
+def training_loader(
+    dataset: Dataset,
+    policy: Policy,
+    batch_size: int,
+    divisor: int = 1,
+    *,
+    workers: Workers = "auto",
+    seed: int = 0,
+    start_step: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Batch]:
+    """Batches without end, from step `start_step` on.
+
+    The images form one endless stream of shuffled passes, cut into batches: no image is dropped,
+    a batch may span two passes, and a set smaller than a batch works. Order and augmentation
+    depend on (seed, pass, image) alone, so any step is the same for any number of workers and
+    after any interruption.
+
+    Args:
+        batch_size: images per step and process.
+        divisor: canvas sizes are multiples of it.
+
+    Raises:
+        DataError: a file is missing or wrong, from whatever process found it.
+    """
+    steps = _Steps(len(dataset), batch_size, seed, start_step, rank, world_size)
+    read = _Reader(dataset, policy.train, seed)
+    join = partial(_join, divisor=divisor, canvas=None, training=True)
+    return _batches(_loader(read, steps, join, _count(workers)))
+
+
+def evaluation_loader(
+    dataset: Dataset,
+    policy: Policy,
+    batch_size: int,
+    divisor: int = 1,
+    *,
+    workers: Workers = "auto",
+    rank: int = 0,
+    world_size: int = 1,
+) -> EvaluationLoader:
+    """Every image once, shared out among processes; can be iterated again and again.
+
+    Only images of equal canvases share a batch, so that no answer depends on its neighbours: up
+    to `batch_size` images, fewer where sizes differ and the policy has no fixed canvas.
+
+    Raises:
+        DataError: a file is missing or wrong, from whatever process found it.
+    """
+    mine = [(0, index) for index in range(rank, len(dataset), world_size)]
+    steps = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    read = _Reader(dataset, policy.evaluate, seed=0)
+    join = partial(_join, divisor=divisor, canvas=policy.canvas, training=False)
+    count = min(_count(workers), len(steps))
+    return EvaluationLoader(_loader(read, steps, join, count, keep=True), len(mine))
+
+
+def steps_per_epoch(dataset: Dataset, batch_size: int, world_size: int = 1) -> int:
+    """Steps until each image was seen once; at least 1."""
+    return ceil(len(dataset) / (batch_size * world_size))
+
+
+@dataclass
+class EvaluationLoader:
+    """Batches over a data set, or a process's share of it.
+
+    Attributes:
+        images: how many there are in all batches together.
+    """
+
+    loader: DataLoader
+    images: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _batches(self.loader)
+
+
+class _Steps:
+    """For each step the (pass, image) pairs of this process, without end."""
+
+    def __init__(
+        self, images: int, batch_size: int, seed: int, start: int, rank: int, world_size: int
+    ) -> None:
+        self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.start, self.rank, self.world_size = start, rank, world_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = -1, np.empty(0, dtype=np.int64)
+        step = self.start
+        while True:
+            first = (step * self.world_size + self.rank) * self.batch_size
+            places = [divmod(place, self.images) for place in range(first, first + self.batch_size)]
+            pairs = []
+            for wanted, place in places:
+                if wanted != epoch:
+                    epoch = wanted
+                    order = np.random.default_rng((self.seed, epoch)).permutation(self.images)
+                pairs.append((epoch, int(order[place])))
+            yield pairs
+            step += 1
+
+
+@dataclass
+class _Reader:
+    """Reads and prepares one sample under its own random state; faults are values."""
+
+    dataset: Dataset
+    prepare: Callable[[Sample], Sample]
+    seed: int
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample | DataError:
+        epoch, index = key
+        words = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)
+        with torch.random.fork_rng(devices=[]):
+            # Only the CPU's generator: torch.manual_seed would reset the accelerator's too.
+            torch.default_generator.manual_seed(int(words[0]))
+            try:
+                return self.prepare(self.dataset[index])
+            except DataError as error:
+                return error
+
+
+def _join(samples: list[Sample | DataError], **options: Any) -> list[Any] | DataError:
+    """Batches, or the first fault: an exception raised in a worker would come with its trace."""
+    for sample in samples:
+        if isinstance(sample, DataError):
+            return sample
+    batches = collate(samples, **options)  # type: ignore[arg-type]
+    return batches if get_worker_info() is None else [PackedBatch.pack(it) for it in batches]
+
+
+def _batches(loader: DataLoader) -> Iterator[Batch]:
+    for batches in loader:
+        if isinstance(batches, DataError):
+            raise batches
+        for batch in batches:
+            yield batch if isinstance(batch, Batch) else batch.unpack()
+
+
+def _loader(read: _Reader, steps: Any, join: Any, workers: int, keep: bool = False) -> DataLoader:
+    return DataLoader(
+        read,  # type: ignore[arg-type]
+        batch_sampler=steps,
+        collate_fn=join,
+        num_workers=workers,
+        worker_init_fn=_ignore_interrupts,
+        persistent_workers=keep and workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else making an iterator draws from the global state
+    )
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches every process; the main one still wants batches to finish its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _count(workers: Workers) -> int:
+    """Worker processes: with a GPU its share of the cores up to 8, else fewer than the model."""
+    if workers != "auto":
+        return workers
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        cores = len(os.sched_getaffinity(0))
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(8, share) if torch.cuda.is_available() else min(2, share // 2)

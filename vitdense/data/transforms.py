@@ -1,0 +1,166 @@
+"""Policies: how samples are prepared for training and for evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Literal
+
+import torch
+from pydantic import PositiveFloat, PositiveInt
+
+from vitdense.data.base import Policy
+from vitdense.data.color import distort
+from vitdense.data.crop import Window, is_varied, window_around_objects, window_to_canvas
+from vitdense.data.geometry import Movement, resize
+from vitdense.registry import TRANSFORMS, Fraction
+from vitdense.structures import Sample, Size
+
+SMALLEST = 2.0
+"""Zooming out makes an image at most this many times smaller."""
+
+
+@TRANSFORMS.register("detection")
+class DetectionPolicy(Policy):
+    """For boxes and instance masks: every image comes out on a canvas of one size."""
+
+    def __init__(
+        self,
+        *,
+        size: PositiveInt | tuple[PositiveInt, PositiveInt] = 640,  # canvas: side, or height, width
+        resize: Literal["stretch", "keep_ratio"] = "stretch",  # keep_ratio pads right or below
+        flip: Fraction = 0.5,  # chance to mirror left and right
+        photometric: Fraction = 0.5,  # chance of each change of brightness, contrast and color
+        zoom_out: Fraction = 0.25,  # chance to lay the image, up to twice smaller, on black
+        iou_crop: Fraction = 0.8,  # chance to crop around objects, as SSD does
+        jitter: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0),  # range of a factor on the scale
+    ) -> None:
+        self.canvas = _size(size)
+        self.keep_ratio = resize == "keep_ratio"
+        self.flip = flip
+        self.photometric = photometric
+        self.zoom_out = zoom_out
+        self.iou_crop = iou_crop
+        self.jitter = _range("jitter", jitter)
+
+    def train(self, sample: Sample) -> Sample:
+        return self._move(sample)(sample, partial(distort, chance=self.photometric))
+
+    def evaluate(self, sample: Sample) -> Sample:
+        return replace(sample, image=resize(sample.image, self._fit(_image_size(sample))))
+
+    def _fit(self, image: Size) -> Size:
+        """The size on the canvas, before any augmentation."""
+        assert self.canvas is not None
+        if not self.keep_ratio:
+            return self.canvas
+        return _scaled(image, min(c / i for c, i in zip(self.canvas, image, strict=True)))
+
+    def _move(self, sample: Sample) -> Movement:
+        assert self.canvas is not None
+        image, boxes = _image_size(sample), sample.target.boxes
+        window: Window = ((0, 0), image)
+        if boxes is not None and _chance(self.iou_crop):
+            window = window_around_objects(boxes, image)
+        scale, place_anywhere = _uniform(*self.jitter), _chance(self.zoom_out)
+        if place_anywhere:
+            scale /= _uniform(1, SMALLEST)
+        content = _scaled(self._fit(window[1]), scale)
+        window, content = window_to_canvas(window, content, self.canvas)
+        at = _corner(content, self.canvas) if place_anywhere else (0, 0)
+        return Movement(*window, content, self.canvas, at, mirror=_chance(self.flip))
+
+
+@TRANSFORMS.register("segmentation")
+class SegmentationPolicy(Policy):
+    """For label maps: random scale and crop in training, images at one scale in evaluation."""
+
+    def __init__(
+        self,
+        *,
+        size: PositiveInt = 512,  # shorter side of an image, before the random factor
+        crop: PositiveInt | tuple[PositiveInt, PositiveInt] = 512,  # side, or height and width
+        scale: tuple[PositiveFloat, PositiveFloat] = (0.5, 2.0),  # range of the random factor
+        cat_max_ratio: Fraction = 0.75,  # draw again if one class fills more of the crop
+        flip: Fraction = 0.5,  # chance to mirror left and right
+        photometric: Fraction = 0.5,  # chance of each change of brightness, contrast and color
+        evaluation: Literal["short_side", "stretch", "keep"] = "short_side",  # stretch: to `crop`
+    ) -> None:
+        self.size = size
+        self.crop = _size(crop)
+        self.scale = _range("scale", scale)
+        self.cat_max_ratio = cat_max_ratio
+        self.flip = flip
+        self.photometric = photometric
+        self.evaluation = evaluation
+        self.canvas = self.crop if evaluation == "stretch" else None
+
+    def train(self, sample: Sample) -> Sample:
+        return self._move(sample)(sample, partial(distort, chance=self.photometric))
+
+    def evaluate(self, sample: Sample) -> Sample:
+        if self.evaluation == "keep":
+            return sample
+        size = self.crop if self.evaluation == "stretch" else self._fit(_image_size(sample))
+        return replace(sample, image=resize(sample.image, size))
+
+    def _fit(self, image: Size) -> Size:
+        return _scaled(image, self.size / min(image))
+
+    def _move(self, sample: Sample) -> Movement:
+        image = _image_size(sample)
+        scaled = _scaled(self._fit(image), _uniform(*self.scale))
+        semantic = sample.target.semantic
+        for _ in range(10):
+            window, content = window_to_canvas(((0, 0), image), scaled, self.crop)
+            if semantic is None or is_varied(semantic, window, self.cat_max_ratio):
+                break
+        return Movement(*window, content, self.crop, mirror=_chance(self.flip))
+
+
+@TRANSFORMS.register("none")
+class NoPolicy(Policy):
+    """Samples as they are; in training without crowds. For images of one size, or batches of 1."""
+
+    def __init__(self) -> None:
+        self.canvas = None
+
+    def train(self, sample: Sample) -> Sample:
+        size = _image_size(sample)
+        return Movement((0, 0), size, size, size)(sample)
+
+    def evaluate(self, sample: Sample) -> Sample:
+        return sample
+
+
+def _image_size(sample: Sample) -> Size:
+    return sample.image.shape[1], sample.image.shape[2]
+
+
+def _size(side: int | tuple[int, int]) -> Size:
+    return (side, side) if isinstance(side, int) else (side[0], side[1])
+
+
+def _range(option: str, limits: tuple[float, float]) -> tuple[float, float]:
+    low, high = limits
+    if not 0 < low <= high:
+        raise ValueError(f"{option}: {list(limits)} must be [lowest, highest], both above 0")
+    return low, high
+
+
+def _scaled(size: Size, scale: float) -> Size:
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def _chance(chance: float) -> bool:
+    return bool(torch.rand(()) < chance)
+
+
+def _uniform(low: float, high: float) -> float:
+    return low + (high - low) * torch.rand(()).item()
+
+
+def _corner(content: Size, canvas: Size) -> tuple[int, int]:
+    """A random place for the content on its canvas."""
+    rows, columns = (c - i for c, i in zip(canvas, content, strict=True))
+    return int(torch.randint(rows + 1, ())), int(torch.randint(columns + 1, ()))
