@@ -1,0 +1,66 @@
+"""Devices, seeds, precision."""
+
+from __future__ import annotations
+
+import random
+from collections import namedtuple
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from vitdense.engine import runtime
+
+
+def draw() -> tuple[float, float, float]:
+    return torch.rand(1).item(), random.random(), float(np.random.rand())
+
+
+def test_a_step_draws_the_same_numbers_again() -> None:
+    runtime.seed_step(3, 10, 1)
+    first = draw()
+    draw()
+    runtime.seed_step(3, 10, 1)
+    assert draw() == first
+    for other in ((4, 10, 1), (3, 11, 1), (3, 10, 0)):
+        runtime.seed_step(*other)
+        assert not set(draw()) & set(first)
+
+
+def test_seeds_up_to_63_bits() -> None:
+    runtime.seed_step(2**63 - 1, 10**9)
+    assert torch.rand(2).unique().numel() == 2
+
+
+def test_auto_takes_what_there_is() -> None:
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    assert runtime.choose_device("auto").type == kind
+    assert runtime.start("cpu") == runtime.Runtime(torch.device("cpu"), 0, 1)
+    assert runtime.choose_precision("auto", torch.device("cpu")) == torch.float32
+
+
+def test_absent_devices_are_named() -> None:
+    with pytest.raises(ValueError, match="^device: cuda:99 is not here"):
+        runtime.choose_device("cuda:99")
+    with pytest.raises(ValueError, match="^device: 'gpu' is no device"):
+        runtime.choose_device("gpu")
+
+
+@dataclass
+class Outputs:
+    logits: Tensor
+    aux: list[Tensor] | None
+    canvas: tuple[int, int]
+
+
+def test_outputs_become_fp32_in_any_container() -> None:
+    pair = namedtuple("pair", "a b")
+    half, whole = torch.ones(2, dtype=torch.bfloat16), torch.ones(2, dtype=torch.int64)
+    outputs = runtime.to_float(Outputs(half, [half, half.half()], (4, 5)))
+    assert outputs.logits.dtype == outputs.aux[1].dtype == torch.float32
+    assert outputs.canvas == (4, 5)
+    nested = runtime.to_float({"x": pair(half, (whole, half.double()))})
+    assert isinstance(nested["x"], pair) and nested["x"].a.dtype == torch.float32
+    assert [value.dtype for value in nested["x"].b] == [torch.int64, torch.float64]

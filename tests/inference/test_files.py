@@ -1,0 +1,80 @@
+"""Which images are meant, and what they are called."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vitdense.data.base import DataError
+from vitdense.inference.files import find_images, unique_names
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for name in ("a.jpg", "b.PNG", "notes.txt", "sub/a.jpg", "sub/deep/c.webp"):
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return tmp_path / "photos"
+
+
+def test_a_folder_with_its_subfolders(folder):
+    assert [file.name for file in find_images([folder])] == ["a", "b", "sub/a", "sub/deep/c"]
+    assert [file.image_id for file in find_images([folder])] == ["a", "b", "a", "c"]
+
+
+def test_a_file_and_a_pattern(folder):
+    assert [file.name for file in find_images([folder / "b.PNG"])] == ["b"]
+    assert [file.name for file in find_images([str(folder / "*.jpg")])] == ["a"]
+    every = find_images([str(folder / "**" / "a.jpg")])
+    assert [file.name for file in every] == ["a", "sub/a"]
+
+
+def test_each_file_once_and_each_name_once(folder):
+    files = find_images([folder / "a.jpg", folder, folder / "sub" / "a.jpg"])
+    assert len({file.path for file in files}) == len(files) == 4
+    assert len({file.name for file in files}) == 4
+
+
+def test_unique_names():
+    given = [Path("a.jpg"), Path("a.png"), Path("a.jpg"), Path("x/a.jpg")]
+    assert unique_names(given) == ["a", "a.png", "a.jpg", "x/a"]
+    assert unique_names([Path("a.jpg")] * 4) == ["a", "a.jpg", "a.jpg_2", "a.jpg_3"]
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        ("val", "val/_annotations.coco.json"),
+        ("images/val", "annotations/instances_val.json"),
+        ("val2017", "annotations/instances_val2017.json"),
+    ],
+)
+def test_ids_of_a_coco_file(tmp_path, places):
+    images, annotations = (tmp_path / place for place in places)
+    images.mkdir(parents=True)
+    annotations.parent.mkdir(parents=True, exist_ok=True)
+    (images / "x.jpg").touch()
+    (images / "new.jpg").touch()
+    annotations.write_text(json.dumps({"images": [{"id": 42, "file_name": "x.jpg"}]}))
+    ids = {file.path.name: file.image_id for file in find_images([images])}
+    assert ids == {"x.jpg": 42, "new.jpg": "new"}
+
+
+def test_a_broken_coco_file_is_named(tmp_path):
+    (tmp_path / "x.jpg").touch()
+    (tmp_path / "_annotations.coco.json").write_text("[]")
+    with pytest.raises(DataError, match="_annotations.coco.json: is no annotation file"):
+        find_images([tmp_path])
+
+
+def test_nothing_found(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty: no images found"):
+        find_images([folder, tmp_path / "empty"])
+    with pytest.raises(DataError, match="none: no such file or folder"):
+        find_images([tmp_path / "none"])
+    with pytest.raises(DataError, match=r"\*.gif: no images found"):
+        find_images([str(folder / "*.gif")])

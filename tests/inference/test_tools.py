@@ -1,0 +1,179 @@
+"""The commands `predict` and `eval`: what they write, print and refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import vitdense
+from vitdense import cli
+from vitdense import config as configs
+from vitdense.config import ConfigError
+from vitdense.data.base import DataError
+from vitdense.engine.checkpoint import CheckpointError, read_meta
+from vitdense.inference.report import table, to_json
+from vitdense.inference.tools import evaluate, predict
+
+
+@pytest.fixture
+def photos(coco_root) -> Path:
+    return coco_root / "images" / "val"
+
+
+def test_detections(detector, coco_root, photos, tmp_path):
+    predict(detector, [photos], tmp_path / "out", batch_size=2, device="cpu")
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == [*(f"photo_{i}.jpg" for i in range(4)), "predictions.json"]
+    results = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert {result["image_id"] for result in results} == {100, 101, 102, 103}
+    assert {result["category_id"] for result in results} <= {3, 7}
+    expected = vitdense.load(detector, device="cpu")(photos / "photo_1.png")
+    found = [result for result in results if result["image_id"] == 101]
+    assert len(found) == (expected.scores >= 1e-3).sum()
+    x1, y1, x2, y2 = expected.boxes[0].tolist()
+    assert found[0]["bbox"] == pytest.approx([x1, y1, x2 - x1, y2 - y1], abs=1e-3)
+    assert found[0]["score"] == pytest.approx(expected.scores[0].item(), abs=1e-5)
+
+
+def test_written_detections_score_as_evaluation_does(detector, coco_root, photos, tmp_path):
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    predict(detector, [photos], tmp_path, device="cpu")
+    truth = COCO(str(coco_root / "annotations" / "instances_val.json"))
+    judge = COCOeval(truth, truth.loadRes(str(tmp_path / "predictions.json")), "bbox")
+    judge.evaluate()
+    judge.accumulate()
+    judge.summarize()
+    numbers = evaluate(detector, overrides=["device=cpu"])
+    assert numbers["AR100"] == pytest.approx(judge.stats[8], abs=1e-3)
+    assert numbers["AP"] == pytest.approx(judge.stats[0], abs=1e-3)
+
+
+def test_label_maps_have_the_labels_of_the_data_set(segmenter, photos, tmp_path):
+    predict(segmenter, [photos], tmp_path, device="cpu")
+    path = photos / "photo_3.png"
+    labels = np.array(Image.open(tmp_path / "labels" / "photo_3.png"))
+    expected = vitdense.load(segmenter, device="cpu")(path).semantic.numpy() + 1
+    assert labels.dtype == np.uint8
+    assert np.array_equal(labels, expected)  # label 0 is "no class" in this data set
+    assert (tmp_path / "photo_3.jpg").exists()
+    assert not (tmp_path / "predictions.json").exists()
+
+
+def test_subfolders_are_kept(segmenter, photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "in" / "city")
+    predict(segmenter, [tmp_path / "in"], tmp_path / "out", device="cpu")
+    assert (tmp_path / "out" / "city" / "photo_0.jpg").exists()
+    assert (tmp_path / "out" / "labels" / "city" / "photo_0.png").exists()
+
+
+def test_unreadable_images_are_left_out_and_told(detector, photos, tmp_path, capsys):
+    folder = tmp_path / "in"
+    shutil.copytree(photos, folder)
+    whole = (folder / "photo_1.png").read_bytes()
+    (folder / "photo_1.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.jpg").write_text("no image")
+    status = cli.main(["predict", str(detector), str(folder), "--out", str(tmp_path / "out")])
+    told = capsys.readouterr().err
+    assert status == 1
+    assert "2 of 5 images were left out" in told
+    assert "photo_1.png" in told and "text.jpg: not an image" in told
+    assert (tmp_path / "out" / "photo_3.jpg").exists()
+    results = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert {result["image_id"] for result in results} == {"photo_0", "photo_2", "photo_3"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"threshold": 1.5}, "threshold: 1.5"),
+        ({"batch_size": 0}, "batch_size: 0"),
+        ({"out": __file__}, "out: .* is a file"),
+        ({"inputs": ["nowhere"]}, "nowhere: no such file or folder"),
+        ({"model_path": "nowhere.safetensors"}, "nowhere.safetensors: not found"),
+    ],
+)
+def test_predict_refuses(detector, photos, tmp_path, change, message):
+    arguments = {"model_path": detector, "inputs": [photos], "out": tmp_path / "out"}
+    with pytest.raises((ValueError, DataError, CheckpointError), match=message):
+        predict(**(arguments | change))
+
+
+def test_evaluate_a_model(segmenter, tmp_path, capsys):
+    numbers = evaluate(segmenter, overrides=["device=cpu"], json_path=tmp_path / "a" / "n.json")
+    printed = capsys.readouterr().out
+    assert "mIoU" in printed and "sky" in printed and "4 images" in printed
+    written = json.loads((tmp_path / "a" / "n.json").read_text())
+    assert written.keys() == numbers.keys()
+    assert written["mIoU"] == numbers["mIoU"]
+    assert 0 < numbers["mIoU"] < 1
+
+
+def test_evaluate_a_config_finds_the_model_of_its_run(segmenter, tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text(read_meta(segmenter).config)
+    run = f"output={tmp_path / 'run'}"
+    with pytest.raises(CheckpointError, match="there is no model; train it with `vitdense train"):
+        evaluate(config, overrides=[run])
+    shutil.copytree(segmenter.parent, tmp_path / "run")
+    found = evaluate(config, overrides=[run])
+    assert found == evaluate(config, weights=segmenter)
+
+
+def test_overrides_reach_a_model(segmenter, label_root, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(label_root, moved)
+    name = sorted((moved / "images" / "validation").iterdir())[0]
+    name.unlink()
+    numbers = evaluate(segmenter, overrides=[f"data.root={moved}"])
+    assert numbers["mIoU"] != evaluate(segmenter)["mIoU"]
+    with pytest.raises(ConfigError, match="data.rot"):
+        evaluate(segmenter, overrides=["data.rot=x"])
+
+
+def test_evaluate_refuses_other_classes(segmenter, label_root, tmp_path):
+    shutil.copytree(label_root, tmp_path / "other")
+    (tmp_path / "other" / "classes.txt").write_text("sky\nroad\nriver\n")
+    with pytest.raises(DataError, match="only one of them has river, tree"):
+        evaluate(segmenter, overrides=[f"data.root={tmp_path / 'other'}"])
+    (tmp_path / "other" / "classes.txt").write_text("road\nsky\ntree\n")
+    with pytest.raises(DataError, match="order differs"):
+        evaluate(segmenter, overrides=[f"data.root={tmp_path / 'other'}"])
+
+
+def test_evaluate_refuses_weights_beside_a_model(segmenter, detector):
+    with pytest.raises(ValueError, match="weights: .* has its own"):
+        evaluate(segmenter, weights=detector)
+
+
+def test_commands_from_the_command_line(segmenter, tmp_path, capsys):
+    out = tmp_path / "numbers.json"
+    assert cli.main(["eval", str(segmenter), "--json", str(out), "train.batch_size=2"]) == 0
+    assert "mIoU" in capsys.readouterr().out
+    assert json.loads(out.read_text())["mIoU"] > 0
+    assert cli.main(["eval", str(tmp_path / "none.safetensors")]) == 2
+    assert "none.safetensors: not found" in capsys.readouterr().err
+
+
+def test_table():
+    numbers = {"mIoU": 0.5, "aAcc": float("nan"), "IoU/cat": 0.25, "Acc/cat": 1.0, "IoU/dog": 0.75}
+    assert table(numbers).splitlines() == [
+        "mIoU  0.5000",
+        "aAcc  -",
+        "",
+        "class     IoU     Acc",
+        "cat    0.2500  1.0000",
+        "dog    0.7500       -",
+    ]
+    assert json.loads(to_json(numbers))["aAcc"] is None
+
+
+def test_configs_of_models_are_whole(detector):
+    config = configs.loads(read_meta(detector).config)
+    assert config.model.options["head"].options["queries"] == 20

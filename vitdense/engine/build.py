@@ -1,0 +1,130 @@
+"""From a config to data, model, metric and loaders."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vitdense.config import Config
+from vitdense.config.schema import Train
+from vitdense.data import loader
+from vitdense.data.base import DataError, Dataset, Policy
+from vitdense.data.loader import EvaluationLoader
+from vitdense.engine.runtime import Runtime, seed_step
+from vitdense.engine.schedule import Length
+from vitdense.metrics.base import Metric
+from vitdense.models.base import Model
+from vitdense.registry import METRICS
+from vitdense.structures import Batch, Task
+
+METRIC_OF: dict[Task, tuple[str, dict[str, str]]] = {
+    "detection": ("coco", {}),
+    "instance": ("coco", {"iou_type": "segm"}),
+    "semantic": ("miou", {}),
+}
+"""Which metric, with which options, judges a task unless the config names one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """The splits and how their samples are prepared."""
+
+    train: Dataset
+    val: Dataset
+    policy: Policy
+
+
+def build_data(config: Config) -> Data:
+    """Both splits and the policy.
+
+    Raises:
+        DataError: files are missing or wrong, a split is empty, or the splits' classes differ.
+    """
+    source = config.data
+    data = Data(
+        source.dataset(source.root, source.train),
+        source.dataset(source.root, source.val),
+        source.transforms(),
+    )
+    for split, dataset in ((source.train, data.train), (source.val, data.val)):
+        if len(dataset) == 0:
+            raise DataError(f"{source.root}: split '{split}' has no images")
+    ours, theirs = list(data.train.classes), list(data.val.classes)
+    if ours != theirs:
+        odd = sorted(set(ours) ^ set(theirs))
+        what = f"only one of them has {', '.join(odd[:5])}" if odd else "their order differs"
+        raise DataError(
+            f"{source.root}: splits '{source.train}' and '{source.val}' differ in their classes: "
+            f"{what}; both must list the same ones"
+        )
+    return data
+
+
+def build_model(config: Config, data: Data) -> Model:
+    """The model for the data's classes, drawn from the config's seed; sets the data's channels."""
+    seed_step(config.seed, 0)
+    model = config.model(len(data.train.classes))
+    data.train.channels = data.val.channels = model.in_chans
+    return model
+
+
+def build_metric(config: Config, task: Task, classes: list[str]) -> Metric:
+    """The config's metric, or the one for the model's task.
+
+    Raises:
+        ValueError: there is none for the task.
+    """
+    if config.metric is not None:
+        return config.metric(classes)
+    if task not in METRIC_OF:
+        raise ValueError(f"metric: none is built in for the task {task!r}; name one in the config")
+    name, options = METRIC_OF[task]
+    return METRICS.get(name)(classes, **options)
+
+
+def training_loader(
+    config: Config, data: Data, model: Model, runtime: Runtime, start: int = 0
+) -> Iterator[Batch]:
+    """Batches without end, from batch number `start` on."""
+    return loader.training_loader(
+        data.train,
+        data.policy,
+        config.train.batch_size,
+        model.divisor,
+        workers=config.data.workers,
+        seed=config.seed,
+        start_step=start,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+    )
+
+
+def evaluation_loader(
+    config: Config, data: Data, model: Model, runtime: Runtime
+) -> EvaluationLoader:
+    """The validation split, once through each time it is iterated."""
+    return loader.evaluation_loader(
+        data.val,
+        data.policy,
+        config.train.batch_size,
+        model.divisor,
+        workers=config.data.workers,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+    )
+
+
+def build_length(settings: Train, images: int, world_size: int = 1) -> Length:
+    """How long the config wants to train on so many images."""
+    per_epoch = images / images_per_step(settings, world_size)
+    if settings.minutes is not None:
+        return Length(per_epoch, seconds=60 * settings.minutes)
+    if settings.epochs is not None:
+        return Length(per_epoch, steps=math.ceil(settings.epochs * per_epoch))
+    return Length(per_epoch, steps=settings.steps)
+
+
+def images_per_step(settings: Train, world_size: int = 1) -> int:
+    """Images of all processes that one optimizer step learns from."""
+    return settings.batch_size * settings.accumulate * world_size

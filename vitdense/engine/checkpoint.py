@@ -1,0 +1,190 @@
+"""What a run keeps: `checkpoints/last.pt` to resume from, `model.safetensors` to carry away."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitdense.config import Part, loads
+from vitdense.models.base import Model
+
+FORMAT = "vitdense"
+
+
+class CheckpointError(Exception):
+    """A file is no checkpoint, or not of this model: names the file, the fault and the remedy."""
+
+
+@dataclass(slots=True)
+class Meta:
+    """What `model.safetensors` says about its weights.
+
+    Attributes:
+        config: the resolved config as YAML; its `data.transforms` is the preprocessing.
+        classes: names, in the order of the labels.
+        category_ids: the data set's own id of each class.
+        task: what the model answers.
+        step: optimizer steps it was trained for.
+        metrics: its numbers on the validation split.
+        version: of vitdense, that wrote it.
+    """
+
+    config: str
+    classes: list[str]
+    category_ids: list[int]
+    task: str
+    step: int
+    metrics: dict[str, float | None]
+    version: str
+
+
+def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` make a file beside `path`, then put it in its place: whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    write(partial)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    write_atomic(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write a training state atomically."""
+    write_atomic(path, lambda partial: torch.save(state, partial))
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Read a training state, tensors on the CPU; runs no code from the file.
+
+    Raises:
+        CheckpointError: the file is absent or unreadable.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path}: not found; there is nothing to resume, leave out --resume")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path}: is no checkpoint of vitdense ({error})") from error
+
+
+def save_model(path: Path, model: nn.Module, meta: Meta) -> None:
+    """Write weights and what is needed to use them into one safetensors file."""
+    from safetensors.torch import save_file
+
+    fields = {name: value for name, value in asdict(meta).items() if name != "config"}
+    metadata = {"format": "pt", "config": meta.config, FORMAT: json.dumps(fields)}
+    tensors = _separate(model.state_dict())
+    write_atomic(path, lambda partial: save_file(tensors, partial, metadata))
+
+
+def _separate(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors on the CPU, those that share memory apart, as safetensors wants them."""
+    seen: set[int] = set()
+    separate = {}
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        whole = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in seen
+        separate[name] = tensor if whole else tensor.clone()
+        seen.add(storage.data_ptr())
+    return separate
+
+
+def read_meta(path: Path | str) -> Meta:
+    """The metadata of a `model.safetensors`, without its weights.
+
+    Raises:
+        CheckpointError: the file is absent or none of vitdense.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path}: not found")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: is no safetensors file ({error})") from error
+    if FORMAT not in metadata or "config" not in metadata:
+        raise CheckpointError(
+            f"{path}: was not written by vitdense, it has no config in its metadata; to start from "
+            "other weights, set model.backbone.weights in a config"
+        )
+    return Meta(config=metadata["config"], **json.loads(metadata[FORMAT]))
+
+
+def load_weights(path: Path | str, model: nn.Module) -> None:
+    """Fill `model` with the weights of a safetensors file; raises CheckpointError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: is no safetensors file ({error})") from error
+    fill(model, weights, path)
+
+
+def fill(model: nn.Module, weights: dict[str, Tensor], path: Path | str) -> None:
+    """Give `model` the weights that were read from `path`; every name and shape must match.
+
+    Raises:
+        CheckpointError: they do not; names the first few.
+    """
+    faults = _mismatches(model.state_dict(), weights)
+    if faults:
+        more = f", and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise CheckpointError(
+            f"{path}: its weights are not this model's: {'; '.join(faults[:5])}{more}; build the "
+            "model from the config that trained them"
+        )
+    model.load_state_dict(weights)
+
+
+def load_model(path: Path | str) -> tuple[Model, Meta]:
+    """Build the model that a `model.safetensors` describes, on the CPU, in evaluation mode.
+
+    The file is enough: nothing is downloaded, and no data set is needed.
+
+    Raises:
+        CheckpointError: the file is absent, not of vitdense, or its weights do not fit.
+        ConfigError: its config names a part that is not installed.
+    """
+    meta = read_meta(path)
+    config = loads(meta.config, file=str(path))
+    model = without_weights(config.model)(len(meta.classes))
+    load_weights(path, model)
+    return model.eval(), meta
+
+
+def without_weights(part: Part) -> Part:
+    """The same part, its backbone built from random weights where it would fetch or read some."""
+    blank = {"pretrained": False, "weights": None} if part.kind == "backbone" else {}
+    options = {
+        name: without_weights(value) if isinstance(value, Part) else blank.get(name, value)
+        for name, value in part.options.items()
+    }
+    return replace(part, options=options)
+
+
+def _mismatches(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
+    faults = [f"{name} is missing" for name in ours.keys() - theirs.keys()]
+    faults += [f"{name} is unknown" for name in theirs.keys() - ours.keys()]
+    faults += [
+        f"{name} is {list(theirs[name].shape)} in the file, {list(ours[name].shape)} in the model"
+        for name in ours.keys() & theirs.keys()
+        if ours[name].shape != theirs[name].shape
+    ]
+    return sorted(faults)

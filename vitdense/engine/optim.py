@@ -1,0 +1,95 @@
+"""AdamW and its parameter groups."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from vitdense.models.base import Model
+
+POSITIONS = re.compile(r"pos_embed|position|rel_pos|relative_pos|level_embed|(cls|dist|reg)_token")
+"""Names of parameters that say where something is, or stand for a token: they must not decay."""
+
+FUSED = ("cpu", "cuda", "mps")
+
+
+def build_optimizer(
+    model: Model,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    backbone_scale: float = 1.0,
+    layer_decay: float = 1.0,
+) -> AdamW:
+    """AdamW over the parameter groups of `model`, in one fused kernel where the device has it."""
+    groups = parameter_groups(model, weight_decay, backbone_scale, layer_decay)
+    for group in groups:
+        group["lr"] = lr * group["lr_scale"]
+    device = next(model.parameters()).device
+    return AdamW(groups, lr=lr, betas=betas, fused=device.type in FUSED)
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """Give each group `lr` times its scale."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def parameter_groups(
+    model: Model, weight_decay: float, backbone_scale: float = 1.0, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """Trainable parameters by learning rate and weight decay, each in exactly one group.
+
+    Norms, biases, position embeddings and what `backbone.no_weight_decay()` names do not decay.
+    The backbone learns at `backbone_scale`, its parameter at depth d of D at that times
+    `layer_decay ** (D + 1 - d)` (BEiT, appendix; ELECTRA).
+
+    Returns:
+        groups with `params`, `lr_scale` and `weight_decay`.
+
+    Raises:
+        ValueError: `layer_decay` is set for a backbone that knows no order of its layers.
+    """
+    scales = dict(_backbone_scales(model, backbone_scale, layer_decay))
+    exempt = {f"backbone.{name}" for name in model.backbone.no_weight_decay()}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = name not in exempt and _decays(name, parameter)
+            key = scales.get(name, 1.0), weight_decay if decays else 0.0
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": parameters, "lr_scale": scale, "weight_decay": decay}
+        for (scale, decay), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether it is a matrix or a kernel: norms, biases and gains are vectors."""
+    return parameter.ndim > 1 and not name.endswith("bias") and not POSITIONS.search(name)
+
+
+def _backbone_scales(
+    model: Model, backbone_scale: float, layer_decay: float
+) -> Iterator[tuple[str, float]]:
+    names = [name for name, _ in model.backbone.named_parameters()]
+    depths = model.backbone.layer_depths() if layer_decay != 1 else dict.fromkeys(names, 0)
+    missing = [name for name in names if name not in depths]
+    if missing:
+        kind = type(model.backbone).__name__
+        raise ValueError(
+            f"layer_decay: {kind} knows no depth of {missing[0]!r}; leave layer_decay at 1"
+        )
+    top = max(depths.values(), default=0) + 1
+    for name in names:
+        yield f"backbone.{name}", backbone_scale * layer_decay ** (top - depths[name])
+
+
+def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:
+    """Scale gradients down to a norm of `limit`; returns the norm before, on the device."""
+    return nn.utils.clip_grad_norm_(model.parameters(), limit)

@@ -1,0 +1,76 @@
+"""Images in the forms that users have them, as samples without truth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitdense.data.images import read_image
+from vitdense.structures import Sample, Target
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PilImage
+
+    Image: TypeAlias = str | Path | PilImage | np.ndarray | Tensor
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+def to_sample(image: Image, channels: int, index: int = 0) -> Sample:
+    """One image as a sample whose id is `index`.
+
+    Args:
+        image: a file; a PIL image; an array uint8 [H, W] or [H, W, C]; a tensor uint8 [C, H, W].
+        channels: what the model takes; grey images are repeated to it.
+
+    Raises:
+        DataError: the file is missing or broken.
+        ValueError: an array or a tensor of another type or shape.
+    """
+    path = Path(image) if isinstance(image, str | Path) else Path(f"image {index}")
+    pixels = to_tensor(image, channels)
+    return Sample(pixels, Target(), index, (pixels.shape[1], pixels.shape[2]), path)
+
+
+def to_tensor(image: Image, channels: int) -> Tensor:
+    """uint8 [channels, H, W]; see `to_sample`."""
+    if isinstance(image, str | Path):
+        return read_image(Path(image), channels)
+    if not isinstance(image, np.ndarray | Tensor):
+        image = _pil_pixels(image, channels)
+    if isinstance(image, np.ndarray):
+        array = image if image.ndim == 3 else image[..., None]
+        image = torch.from_numpy(np.ascontiguousarray(array)).movedim(-1, 0)
+    return _checked(image, channels)
+
+
+def _pil_pixels(image: PilImage, channels: int) -> np.ndarray:
+    if not hasattr(image, "getbands"):
+        raise ValueError(
+            f"image: a {type(image).__name__} is none; give a path, a PIL image, an array "
+            "uint8 [H, W, C], a tensor uint8 [C, H, W], or a list of them"
+        )
+    if channels in MODES and image.mode not in {"I", "I;16", "F"}:
+        image = image.convert(MODES[channels])
+    return np.array(image)
+
+
+def _checked(image: Tensor, channels: int) -> Tensor:
+    if image.dtype != torch.uint8 or image.ndim != 3:
+        raise ValueError(
+            f"image: must be uint8 in 0..255 with three dimensions, not {image.dtype} "
+            f"{tuple(image.shape)}; arrays are [H, W, C], tensors [C, H, W]"
+        )
+    if image.shape[0] == 1:
+        image = image.expand(channels, -1, -1)
+    if image.shape[0] != channels or 0 in image.shape:
+        raise ValueError(
+            f"image: the model takes {channels} channels, this has the shape "
+            f"{tuple(image.shape)} (channels, height, width); arrays are [H, W, C], "
+            "tensors [C, H, W]"
+        )
+    return image.contiguous()

@@ -1,0 +1,119 @@
+"""A trained model as a function from images to predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, overload
+
+import torch
+
+from vitdense import config as configs
+from vitdense.data.collate import collate
+from vitdense.engine.checkpoint import Meta, load_model
+from vitdense.engine.evaluate import answer
+from vitdense.engine.runtime import choose_device, choose_precision
+from vitdense.inference.inputs import to_sample, to_tensor
+from vitdense.models.base import Model
+from vitdense.ops.draw import draw
+from vitdense.structures import Prediction, Sample
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PilImage
+
+    from vitdense.inference.inputs import Image
+
+    Images = list[Any] | tuple[Any, ...]
+
+READABLE = 512
+"""Pictures of images with a longer side below this are enlarged, to have room for text."""
+
+
+class Predictor:
+    """Predictions for images, prepared exactly as training prepared them for evaluation.
+
+    Attributes:
+        model: in evaluation mode, on `device`.
+        classes: names, in the order of the labels.
+        category_ids: the data set's own id of each class.
+        task: what the model answers.
+        device: where it computes.
+    """
+
+    def __init__(self, model: Model, meta: Meta, device: torch.device) -> None:
+        config = configs.loads(meta.config, "the model's config")
+        self.model = model.to(device).eval()
+        self.classes = meta.classes
+        self.category_ids = meta.category_ids
+        self.task = model.task
+        self.device = device
+        self.policy = config.data.transforms()
+        self.precision = choose_precision(config.train.precision, device)
+
+    @classmethod
+    def load(cls, path: Path, device: str = "auto") -> Self:
+        """From the `model.safetensors` of a run; see `vitdense.load`."""
+        model, meta = load_model(path)
+        return cls(model, meta, choose_device(device))
+
+    @overload
+    def __call__(self, images: Image, batch_size: int = ...) -> Prediction: ...
+
+    @overload
+    def __call__(self, images: Images, batch_size: int = ...) -> list[Prediction]: ...
+
+    def __call__(
+        self, images: Image | Images, batch_size: int = 8
+    ) -> Prediction | list[Prediction]:
+        """Answer for one image, or for each of a list.
+
+        Args:
+            images: files; PIL images; arrays uint8 [H, W] or [H, W, C]; tensors uint8 [C, H, W];
+                or a list of them, of any sizes.
+            batch_size: images that are computed at a time, where their canvases are equal.
+
+        Returns:
+            Predictions on the CPU, in the pixels of each image as it was given.
+
+        Raises:
+            DataError: a file is missing or broken.
+            ValueError: an array or a tensor of another type or shape.
+        """
+        if not isinstance(images, list | tuple):
+            return self.answer([self.sample(images)])[0]
+        answers = []
+        for start in range(0, len(images), batch_size):
+            chunk = images[start : start + batch_size]
+            answers += self.answer([self.sample(image) for image in chunk])
+        return answers
+
+    def sample(self, image: Image) -> Sample:
+        """The image as the model takes it, before batching."""
+        return self.policy.evaluate(to_sample(image, self.model.in_chans))
+
+    def answer(self, samples: Sequence[Sample]) -> list[Prediction]:
+        """Predictions on the CPU for prepared samples, in their order."""
+        numbered = [replace(sample, image_id=index) for index, sample in enumerate(samples)]
+        batches = collate(
+            numbered, divisor=self.model.divisor, canvas=self.policy.canvas, training=False
+        )
+        answers: dict[int | str, Prediction] = {}
+        for batch in batches:
+            predictions = answer(self.model, batch.to(self.device), self.precision)
+            found = [prediction.to("cpu") for prediction in predictions]
+            answers.update(zip(batch.image_ids, found, strict=True))
+        return [answers[index] for index in range(len(samples))]
+
+    def draw(self, image: Image, prediction: Prediction, threshold: float = 0.3) -> PilImage:
+        """A picture of the prediction over its image; small images are enlarged by whole factors.
+
+        Args:
+            threshold: objects of a lower score are left out.
+        """
+        from PIL.Image import fromarray
+
+        pixels = to_tensor(image, self.model.in_chans)
+        scale = max(1, READABLE // max(pixels.shape[1:]))
+        picture = draw(pixels, prediction, self.classes, threshold, scale)
+        return fromarray(picture.permute(1, 2, 0).contiguous().numpy())
