@@ -11,10 +11,10 @@ READY  := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/python tools/train.py configs/demo/detection.yaml
 	$(BIN)/python tools/eval.py runs/demo/detection/model.safetensors
-	$(BIN)/python tools/predict.py runs/demo/detection/model.safetensors data/shapes/images/val --out runs/demo/detection/predictions
+	$(BIN)/python tools/predict.py runs/demo/detection/model.safetensors data/shapes/*/images/val --out runs/demo/detection/predictions
 	$(BIN)/python tools/train.py configs/demo/segmentation.yaml
 	$(BIN)/python tools/eval.py runs/demo/segmentation/model.safetensors
-	$(BIN)/python tools/predict.py runs/demo/segmentation/model.safetensors data/shapes/images/val --out runs/demo/segmentation/predictions
+	$(BIN)/python tools/predict.py runs/demo/segmentation/model.safetensors data/shapes/*/images/val --out runs/demo/segmentation/predictions
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -1,6 +1,6 @@
 """Which timm family takes what: build every model on the meta device and run it at two sizes.
 
-    python -m benchmarks.backbones            # writes docs/backbones.md and backbones.json
+    python -m benchmarks.backbones            # writes the table of docs/backbones.md
 
 Nothing is downloaded and no memory is used, so models of any size take a second each.
 """
@@ -28,13 +28,14 @@ OPTIONS = {"patch_size": 8, "checkpointing": True}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--page", type=Path, default=HERE.parent / "docs" / "backbones.md")
-    parser.add_argument("--json", type=Path, default=HERE / "backbones.json")
+    parser.add_argument("--json", type=Path, help="also write what was found about each model")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("timm").setLevel(logging.ERROR)
     families = json.loads((HERE / "families.json").read_text())
     results = {family: sweep(names_of(patterns)) for family, patterns in families.items()}
-    arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     page = arguments.page.read_text().split("<!-- table -->")[0] if arguments.page.exists() else ""
     arguments.page.write_text(page + "<!-- table -->\n" + table(results))
 
@@ -100,15 +101,16 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
         "| family | models | input sizes | strides | `patch_size` | `checkpointing` | layers |",
         "|---|---|---|---|---|---|---|",
     ]
-    refused = []
     for family, rows in results.items():
-        served = [row for row in rows if "levels" in row or "sizes" in row]
-        refused += [row for row in rows if "error" in row]
+        served = [row for row in rows if "error" not in row]
         if served:
             lines.append(_line(family, served))
-    total = sum("error" not in row for rows in results.values() for row in rows)
-    lines += ["", f"{total} models in all, with timm {timm.__version__}.", "", "## Refused", ""]
-    lines += [f"- {row['error'].removeprefix('model: ')}" for row in refused]
+    models = {row["model"] for rows in results.values() for row in rows if "error" not in row}
+    lines += ["", f"{len(models)} models in all, with timm {timm.__version__}."]
+    lines += ["", "## Refused", ""]
+    for family, rows in results.items():
+        if "error" in rows[0]:
+            lines.append(f"- **{family}**: {rows[0]['error'].removeprefix('model: ')}")
     lines += ["", "## Models", ""]
     for family, rows in results.items():
         names = ", ".join(f"`{row['model']}`" for row in rows if "error" not in row)

@@ -74,7 +74,7 @@ def test_one_of_each_family(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - REFUSED - {"LeViT", "NesT"}))
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - REFUSED))
 def test_whole_family(family: str) -> None:
     for name in names_of(family):
         backbone = build(name)

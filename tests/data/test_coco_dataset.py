@@ -115,6 +115,7 @@ def test_annotations_in_any_order_go_to_their_images(coco):
     assert dataset[1].target.labels.tolist() == [1]
 
 
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of pycocotools
 @pytest.mark.parametrize(
     ("name", "split", "counts"),
     [

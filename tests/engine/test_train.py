@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -329,19 +332,22 @@ def test_options_of_the_optimizer_are_refused_by_name(make: Make) -> None:
 
 
 def test_two_processes_equal_one_with_twice_the_batch(make: Make, tmp_path: Path) -> None:
-    import os
-    import subprocess
-    import sys
-
     same = ("train.steps=2", "train.evaluations=1", "train.ema=null", "train.pictures=0")
     same += ("model.head.dropout=0", "data.transforms.scale=[1.0, 1.0]")
     one = make(*same, "train.batch_size=4", out="one")
     train(one)
     two = make(*same, "train.batch_size=2", out="two")
     (tmp_path / "two.yaml").write_text(dump(two))
-    command = "torch.distributed.run --standalone --nproc_per_node 2 -m vitdense train".split()
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     done = subprocess.run(
-        [sys.executable, "-m", *command, str(tmp_path / "two.yaml")],
+        [*launch, "-m", "vitdense", "train", str(tmp_path / "two.yaml")],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},

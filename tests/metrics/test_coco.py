@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from vitdense.metrics import coco
 from vitdense.metrics.coco import CocoMetric
 from vitdense.ops.masks import decode_segmentation, mask_to_rle
 from vitdense.structures import Batch, Frame, Prediction, Target
@@ -193,6 +194,26 @@ def test_an_image_counts_once() -> None:
     once = fill(CocoMetric(names_of(truth)), truth, results, truth["images"])
     twice = fill(CocoMetric(names_of(truth)), truth, results, truth["images"] + truth["images"][:4])
     assert_equal(twice.compute(), once.compute())
+
+
+def test_shares_of_processes_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes, with one image in both: the numbers of one that has seen all."""
+    rng = np.random.default_rng(5)
+    truth = random_truth(rng)
+    results = perturb(truth, rng)
+    images = truth["images"]
+    whole = fill(CocoMetric(names_of(truth)), truth, results, images)
+    first = fill(CocoMetric(names_of(truth)), truth, results, images[::2])
+    second = fill(CocoMetric(names_of(truth)), truth, results, images[1::2] + images[:1])
+    expected = whole.compute()
+
+    def all_gather_object(shares: list, pairs: dict) -> None:
+        shares[:] = [second.pairs, pairs]
+
+    monkeypatch.setattr(coco.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(coco.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(coco.dist, "all_gather_object", all_gather_object)
+    assert_equal(first.compute(), expected)
 
 
 def test_nothing_found_and_nothing_there() -> None:

@@ -14,9 +14,9 @@ CLASSES = ("circle", "ring", "square", "star", "triangle")
 Map = NDArray[np.floating]
 
 _EMPTY = 0.04
-_MOST = 6
-_RADIUS = (0.07, 0.24)  # fractions of the image's side
-_COVERED = 0.45
+_MOST = 5
+_RADIUS = (0.1, 0.27)  # fractions of the image's side
+_COVERED = 0.35
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class _Patch:
 
 
 def make_scene(size: int, rng: Generator) -> Scene:
-    """A square picture of `size` pixels with 0 to 6 objects."""
+    """A square picture of `size` pixels with 0 to 5 objects."""
     image = _ground(size, rng)
     layers = np.zeros((size, size), dtype=np.uint8)
     areas: list[int] = []
@@ -92,7 +92,7 @@ def _place(label: int, size: int, rng: Generator) -> _Patch:
     """A shape of random size, stretch, turn and place; up to a quarter may lie outside."""
     radius = size * np.exp(rng.uniform(*np.log(_RADIUS)))
     x, y = rng.uniform(0.5 * radius, size - 0.5 * radius, size=2)
-    stretch, angle = np.exp(rng.uniform(-0.2, 0.2)), rng.uniform(0, 2 * np.pi)
+    stretch, angle = np.exp(rng.uniform(-0.12, 0.12)), rng.uniform(0, 2 * np.pi)
     reach = radius * 1.3 + 2
     rows, columns = (
         slice(max(0, int(center - reach)), min(size, int(center + reach) + 1)) for center in (y, x)
@@ -134,8 +134,8 @@ def _star(u: Map, v: Map) -> Map:
 def _paint(image: Map, patch: _Patch, rng: Generator) -> None:
     """Lay the object, lit from one side and with a dark rim, over what is there."""
     blend = _texture(patch.u, patch.v, rng)[..., None]
-    colors = _color(rng, vivid=True), _color(rng, vivid=True)
-    paint = colors[0] * blend + (0.65 * colors[0] + 0.35 * colors[1]) * (1 - blend)
+    colors = _vivid(rng), _vivid(rng)
+    paint = colors[0] * blend + (0.75 * colors[0] + 0.25 * colors[1]) * (1 - blend)
     light = 1 + 0.18 * (patch.u * rng.uniform(-1, 1) + patch.v * rng.uniform(-1, 1))
     rim = 1 - rng.uniform(0, 0.5) * (patch.alpha < 1)
     alpha = patch.alpha[..., None]
@@ -150,7 +150,7 @@ def _ground(size: int, rng: Generator) -> Map:
     axis = np.linspace(-1, 1, size, dtype=np.float32)
     u, v = np.broadcast_arrays(axis[None], axis[:, None])
     slope = np.clip(0.5 + 0.5 * (u * rng.uniform(-1, 1) + v * rng.uniform(-1, 1)), 0, 1)
-    first, second = _color(rng, vivid=False), _color(rng, vivid=False)
+    first, second = _muted(rng), _muted(rng)
     ground = first * slope[..., None] + second * (1 - slope[..., None])
     spots = _smooth_noise(size, int(rng.integers(3, 9)), rng) * rng.uniform(0.05, 0.2)
     angle, zoom = rng.uniform(0, np.pi), rng.uniform(1, 3)
@@ -197,8 +197,15 @@ def _smooth_noise(size: int, cells: int, rng: Generator) -> Map:
     return (weights @ grid @ weights.T).astype(np.float32)
 
 
-def _color(rng: Generator, vivid: bool) -> Map:
-    """RGB in 0..1: objects are vivid, the ground is muted."""
-    saturation = rng.uniform(0.55, 1) if vivid else rng.uniform(0, 0.3)
-    value = rng.uniform(0.6, 1) if vivid else rng.uniform(0.2, 0.75)
-    return np.array(colorsys.hsv_to_rgb(rng.random(), saturation, value), dtype=np.float32)
+def _vivid(rng: Generator) -> Map:
+    """RGB in 0..1 of an object."""
+    return _rgb(rng.random(), rng.uniform(0.55, 1), rng.uniform(0.6, 1))
+
+
+def _muted(rng: Generator) -> Map:
+    """RGB in 0..1 of the ground."""
+    return _rgb(rng.random(), rng.uniform(0, 0.3), rng.uniform(0.2, 0.75))
+
+
+def _rgb(hue: float, saturation: float, value: float) -> Map:
+    return np.array(colorsys.hsv_to_rgb(hue, saturation, value), dtype=np.float32)

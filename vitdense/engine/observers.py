@@ -98,8 +98,11 @@ class TensorBoard(Observer):
     """Curves for TensorBoard in the run's folder."""
 
     def __init__(self, folder: Path, step: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            message = "no curves for TensorBoard; install it by `pip install 'vitdense[log]'`"
+            raise ImportError(message) from error
         self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def log(self, record: Record) -> None:

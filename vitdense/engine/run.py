@@ -20,7 +20,7 @@ from vitdense.engine import build, checkpoint
 from vitdense.engine.checkpoint import Meta
 from vitdense.engine.ema import Ema
 from vitdense.engine.evaluate import evaluate
-from vitdense.engine.observers import Observers, finite
+from vitdense.engine.observers import Observers, finite, format_number
 from vitdense.engine.optim import build_optimizer
 from vitdense.engine.pictures import Pictures
 from vitdense.engine.runtime import Runtime, choose_precision, memory_used
@@ -203,8 +203,7 @@ class Run:
         if self.runtime.is_main:
             text = json.dumps(finite(results), indent=2) + "\n"
             checkpoint.write_text(self.folder / "results.json", text)
-            print(
-                f"{self.folder}: {self.metric.headline} {results.get(self.metric.headline)}",
-                file=sys.stderr,
-            )
+            name = self.metric.headline
+            number = format_number(self.best.numbers[name])
+            print(f"{self.folder}: {name} {number}, from step {self.best.step}", file=sys.stderr)
         return results

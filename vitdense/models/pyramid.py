@@ -24,7 +24,8 @@ class PyramidModel(Model):
         num_classes: int,
         *,
         backbone: Builder[Backbone],  # computes the feature maps
-        neck: Builder[Neck] | None = None,  # by default: none if strides differ, else simple_feature_pyramid
+        neck: Builder[Neck]
+        | None = None,  # by default: none if strides differ, else simple_feature_pyramid
         head: Builder[Head],  # reads the pyramid and answers
     ) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ from vitdense.structures import Level
 
 @NECKS.register("none")
 class IdentityNeck(Neck):
-    """Hands the backbone's maps to the head unchanged, also where a pyramid would be the default."""
+    """Hands the maps to the head unchanged, also where a pyramid would be the default."""
 
     def __init__(self, levels: list[Level]) -> None:
         super().__init__(levels)
