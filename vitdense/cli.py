@@ -23,6 +23,8 @@ USER_ERRORS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for bad data, 2 for a bad config or call."""
+    # Threads that wait must not spin for long: a loader's worker or another job wants the core.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     args = parse(list(sys.argv[1:] if argv is None else argv))
     try:
         args.run(args)

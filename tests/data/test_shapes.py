@@ -54,7 +54,7 @@ def test_made_once_and_nothing_is_left_over(tmp_path, caplog):
         make(tmp_path)
         make(tmp_path)
     assert caplog.text.count("making the data set shapes") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["8x48px-seed0-v2"]
+    assert [path.name for path in tmp_path.iterdir()] == ["8x48px-seed0-v3"]
 
 
 def test_makers_at_once_agree(tmp_path):

@@ -17,6 +17,7 @@ _EMPTY = 0.04
 _MOST = 5
 _RADIUS = (0.1, 0.27)  # fractions of the image's side
 _COVERED = 0.35
+_TYPICAL = 0.75
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def make_scene(size: int, rng: Generator) -> Scene:
         layers = covered
         areas.append(int((patch.alpha > 0.5).sum()))
         labels.append(label)
-        _paint(image, patch, rng)
+        _paint(image, patch, label, rng)
     grain = rng.normal(0, rng.uniform(0, 0.025), image.shape)
     pixels = np.clip((image + grain) * 255, 0, 255).astype(np.uint8)
     return Scene(pixels, labels, layers)
@@ -131,10 +132,10 @@ def _star(u: Map, v: Map) -> Map:
     return (x * normal[0] + (y - tip[1]) * normal[1]).astype(np.float32)
 
 
-def _paint(image: Map, patch: _Patch, rng: Generator) -> None:
+def _paint(image: Map, patch: _Patch, label: int, rng: Generator) -> None:
     """Lay the object, lit from one side and with a dark rim, over what is there."""
     blend = _texture(patch.u, patch.v, rng)[..., None]
-    colors = _vivid(rng), _vivid(rng)
+    colors = _vivid(_hue(label, rng), rng), _vivid(rng.random(), rng)
     paint = colors[0] * blend + (0.75 * colors[0] + 0.25 * colors[1]) * (1 - blend)
     light = 1 + 0.18 * (patch.u * rng.uniform(-1, 1) + patch.v * rng.uniform(-1, 1))
     rim = 1 - rng.uniform(0, 0.5) * (patch.alpha < 1)
@@ -197,9 +198,16 @@ def _smooth_noise(size: int, cells: int, rng: Generator) -> Map:
     return (weights @ grid @ weights.T).astype(np.float32)
 
 
-def _vivid(rng: Generator) -> Map:
+def _hue(label: int, rng: Generator) -> float:
+    """Most objects have about the hue of their class, as things in the world do, but not all."""
+    if rng.random() > _TYPICAL:
+        return rng.random()
+    return label / len(CLASSES) + rng.normal(0, 0.04)
+
+
+def _vivid(hue: float, rng: Generator) -> Map:
     """RGB in 0..1 of an object."""
-    return _rgb(rng.random(), rng.uniform(0.55, 1), rng.uniform(0.6, 1))
+    return _rgb(hue % 1.0, rng.uniform(0.55, 1), rng.uniform(0.6, 1))
 
 
 def _muted(rng: Generator) -> Map:

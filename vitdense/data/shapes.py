@@ -24,7 +24,7 @@ from vitdense.structures import Sample
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 """Goes up with every change of the pictures, so that old files are not taken for new ones."""
 
 SPLITS = ("train", "val")

@@ -51,8 +51,9 @@ class DeformableDetrHead(QueryHead):
         box_refinement: bool = True,  # each layer corrects the boxes of the one before
         aux_loss: bool = True,  # train every decoder layer, not just the last
         max_detections: PositiveInt = 100,  # best ones kept for each image
+        nms: Fraction | None = None,  # overlap from which the lesser box of a class is dropped
     ) -> None:
-        super().__init__(levels, num_classes, max_detections)
+        super().__init__(levels, num_classes, max_detections, nms)
         if width % 4:
             raise ValueError(f"width: must be a multiple of 4 for the positions, not {width}")
         if box_refinement and not aux_loss:

@@ -79,8 +79,9 @@ class DetrHead(QueryHead):
         dropout: Fraction = 0.1,  # in every transformer layer
         aux_loss: bool = True,  # train every decoder layer, not just the last
         max_detections: PositiveInt = 100,  # best ones kept for each image
+        nms: Fraction | None = None,  # overlap from which the lesser box of a class is dropped
     ) -> None:
-        super().__init__(levels, num_classes, max_detections)
+        super().__init__(levels, num_classes, max_detections, nms)
         if not -len(levels) <= level < len(levels):
             raise ValueError(f"level: the pyramid has {len(levels)} levels, so not {level}")
         if width % 4:

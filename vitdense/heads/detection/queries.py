@@ -12,6 +12,9 @@ from vitdense.losses.set_criterion import Queries, SetCriterion
 from vitdense.ops.boxes import relative_to_xyxy
 from vitdense.structures import Frame, Level, Prediction, Size, Target, Task
 
+SUPPRESSED = 10
+"""Candidates that non-maximum suppression chooses from, in multiples of what is kept."""
+
 
 @dataclass(slots=True)
 class QueryOutputs:
@@ -41,9 +44,11 @@ class QueryHead(Head):
     task: ClassVar[Task] = "detection"
     criterion: SetCriterion
 
-    def __init__(self, levels: list[Level], num_classes: int, max_detections: int) -> None:
+    def __init__(
+        self, levels: list[Level], num_classes: int, max_detections: int, nms: float | None
+    ) -> None:
         super().__init__(levels, num_classes)
-        self.max_detections = max_detections
+        self.max_detections, self.nms = max_detections, nms
 
     def loss(self, outputs: QueryOutputs, targets: list[Target]) -> dict[str, Tensor]:
         """`class`, `box` and `giou` of the last layer, `_aux` of earlier ones, `_encoder`."""
@@ -69,11 +74,20 @@ class QueryHead(Head):
         scores, labels, queries = self.candidates(outputs.logits[-1].float())
         # a stable sort: topk orders equal scores differently on every device
         scores, order = scores.sort(dim=1, descending=True, stable=True)
-        best = order[:, : self.max_detections]
-        chosen = queries.gather(1, best)[..., None].expand(-1, -1, 4)
-        boxes = relative_to_xyxy(outputs.boxes[-1].float().gather(1, chosen), outputs.canvas)
-        scores, labels = scores[:, : self.max_detections], labels.gather(1, best)
+        count = self.max_detections if self.nms is None else SUPPRESSED * self.max_detections
+        scores, best = scores[:, :count], order[:, :count]
+        labels, chosen = labels.gather(1, best), queries.gather(1, best)
+        boxes = outputs.boxes[-1].float().gather(1, chosen[..., None].expand(-1, -1, 4))
+        boxes = relative_to_xyxy(boxes, outputs.canvas)
         return [
-            Prediction(scores=scores[i], labels=labels[i], boxes=frame.restore_boxes(boxes[i]))
+            self._answer(scores[i], labels[i], frame.restore_boxes(boxes[i]))
             for i, frame in enumerate(frames)
         ]
+
+    def _answer(self, scores: Tensor, labels: Tensor, boxes: Tensor) -> Prediction:
+        if self.nms is not None:
+            from torchvision.ops import batched_nms
+
+            kept = batched_nms(boxes, scores, labels, self.nms)[: self.max_detections]
+            scores, labels, boxes = scores[kept], labels[kept], boxes[kept]
+        return Prediction(scores=scores, labels=labels, boxes=boxes)
