@@ -73,7 +73,7 @@ def test_boxes_labels_masks_and_pixels_stay_together(seed, keep):
     hug = masks_to_boxes(target.masks)
     assert (target.boxes - hug).abs().max().item() <= 2 if len(hug) else True
     for label, mask in zip(target.labels.tolist(), target.masks, strict=True):
-        core = ~torch.nn.functional.max_pool2d((~mask)[None, None].float(), 5, 1, 2)[0, 0].bool()
+        core = ~torch.nn.functional.max_pool2d((~mask)[None, None].float(), 9, 1, 4)[0, 0].bool()
         assert (moved.image[0][core] == 60 * (label + 1)).all()
         assert (target.semantic[mask] == label).all()
     assert ((target.semantic == IGNORE) <= (moved.image[0] == 0)).all()

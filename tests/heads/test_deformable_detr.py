@@ -313,6 +313,20 @@ def test_equal_scores_keep_the_order_of_queries(features):
     assert answer.labels.tolist() == [0, 1, 2, 3, 4] * 2 + [0, 1]
 
 
+def test_suppression_drops_the_lesser_of_two_boxes_of_a_class_alone(features):
+    head = DeformableDetrHead(LEVELS, 2, nms=0.5, max_detections=3, **SMALL).double()
+    outputs = head(features)
+    outputs.logits = torch.full_like(outputs.logits[..., :2], -9.0)
+    outputs.boxes[-1, :, :] = torch.tensor([0.5, 0.5, 0.4, 0.4])  # every query at one place
+    outputs.boxes[-1, :, 3] = torch.tensor([0.2, 0.2, 0.1, 0.1])  # but one
+    outputs.logits[-1, :, 0, 0], outputs.logits[-1, :, 1, 0] = 3.0, 2.0
+    outputs.logits[-1, :, 2, 1], outputs.logits[-1, :, 3, 0] = 1.0, 0.0
+    for answer in head.predict(outputs, [Frame(CANVAS, CANVAS, CANVAS)] * 2):
+        assert answer.labels.tolist() == [0, 1, 0]
+        expected = torch.tensor([3.0, 1.0, 0.0]).sigmoid()
+        torch.testing.assert_close(answer.scores, expected)
+
+
 def test_uses_the_costs_and_constants_of_the_paper():
     head = DeformableDetrHead(LEVELS, 5, **SMALL)
     matcher = head.criterion.matcher

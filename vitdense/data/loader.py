@@ -7,7 +7,6 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from math import ceil
 from typing import Any, Literal
 
 import numpy as np
@@ -77,11 +76,6 @@ def evaluation_loader(
     join = partial(_join, divisor=divisor, canvas=policy.canvas, training=False)
     count = min(_count(workers), len(steps))
     return EvaluationLoader(_loader(read, steps, join, count, keep=True), len(mine))
-
-
-def steps_per_epoch(dataset: Dataset, batch_size: int, world_size: int = 1) -> int:
-    """Steps until each image was seen once; at least 1."""
-    return ceil(len(dataset) / (batch_size * world_size))
 
 
 @dataclass

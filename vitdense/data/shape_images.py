@@ -17,7 +17,7 @@ _EMPTY = 0.04
 _MOST = 5
 _RADIUS = (0.1, 0.27)  # fractions of the image's side
 _COVERED = 0.35
-_TYPICAL = 0.75
+_TYPICAL = 0.9
 
 
 @dataclass(frozen=True)
