@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vitdense.config import Config
 from vitdense.engine import build, runtime
 from vitdense.engine.build import Data
+from vitdense.engine.evaluate import answer as answer_batch
 from vitdense.engine.runtime import Runtime
 from vitdense.engine.tally import Tally
 from vitdense.models.base import Model
@@ -109,7 +110,7 @@ def try_prediction(
     """Answers for one batch of the validation split."""
     batch = next(iter(build.evaluation_loader(config, data, model, where))).to(where.device)
     model.eval()
-    answer = model.answer(batch)[0]
+    (answer, *_) = answer_batch(model, batch, torch.float32)
     yield "prediction", f"images {shapes(batch.images)}, the first is {batch.paths[0]}"
     for name in (field.name for field in fields(Prediction)):
         if (value := getattr(answer, name)) is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vitdense.backbones.base import Backbone
-from vitdense.structures import Batch, Frame, Prediction, Target, Task
+from vitdense.structures import Frame, Prediction, Target, Task
 
 
 class Model(nn.Module):
@@ -52,8 +52,3 @@ class Model(nn.Module):
     def predict(self, outputs: Any, frames: list[Frame]) -> list[Prediction]:
         """Answers in the pixels of each original image."""
         raise NotImplementedError
-
-    def answer(self, batch: Batch) -> list[Prediction]:
-        """Forward and predict without gradients, for a batch that lies on the model's device."""
-        with torch.no_grad():
-            return self.predict(self(batch.images), batch.frames)
