@@ -84,6 +84,13 @@ def test_predict(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_convert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = fake(monkeypatch, "vitdense.convert.conversion", "convert", "what it did")
+    assert cli.main(["convert", "owner/model", "--out", "m.safetensors", "--partial"]) == 0
+    assert calls == [(("owner/model", Path("m.safetensors")), {"partial": True})]
+    assert capsys.readouterr().out == "what it did\n"
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [

@@ -37,6 +37,7 @@ FLOORS = {
     "metrics": 8,
     "engine": 9,
     "inference": 10,
+    "convert": 10,
     "testing": 10,
     "cli": 11,
     "__main__": 12,

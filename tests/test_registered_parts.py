@@ -39,17 +39,28 @@ SMALL: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("timm", {"model": "swin_tiny_patch4_window7_224", "img_size": (64, 96),
                   "options": {"depths": (1, 1, 1, 1), "embed_dim": 24}}),
         ("timm", {"model": "resnet10t", "in_chans": 4}),
+        ("presnet", {"options": {"layers": (1, 1, 1, 1)}, "frozen": 1}),
     ],
     "neck": [
         ("none", {}),
         ("fpn", {"channels": 16, "extra_levels": 1}),
         ("simple_feature_pyramid", {"channels": 16, "levels": PLAIN}),
+        ("multi_scale_projector", {"channels": 16, "levels": PLAIN, "scales": (2.0, 1.0, 0.5)}),
+        ("multi_scale_projector", {"channels": 16, "levels": PLAIN, "norm": "batch"}),
     ],
     "head": [
         ("linear", {}),
         ("upernet", {"channels": 16}),
         ("detr", SMALL_DETR),
+        ("detr", SMALL_DETR | {"query_kind": "conditional"}),
+        ("detr", SMALL_DETR | {"query_kind": "dab"}),
         ("deformable_detr", SMALL_DETR),
+        ("lwdetr", {"queries": 12, "width": 32, "heads": 4, "cross_heads": 8, "ffn": 48,
+                    "decoder_layers": 2, "groups": 3}),
+        ("rtdetr", SMALL_DETR),
+        ("rtdetr", SMALL_DETR | {"points": [1, 2, 3], "norm": "group", "denoising": 0}),
+        ("rtdetr", SMALL_DETR | {"distribution": True, "fusion": "elan", "denoising": 8}),
+        ("dino", SMALL_DETR | {"denoising": 8, "num_levels": 3, "ffn": 48}),
     ],
     "model": [
         ("pyramid", {
@@ -72,6 +83,7 @@ SMALL: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("detection", {"size": (48, 80), "resize": "keep_ratio", "jitter": (0.1, 2.0)}),
         ("segmentation", {"size": 64, "crop": 48}),
         ("segmentation", {"size": 64, "crop": 48, "evaluation": "stretch"}),
+        ("short_side", {"size": 48, "longest": 80}),
         ("none", {}),
     ],
     "metric": [
@@ -79,6 +91,8 @@ SMALL: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("coco", {"iou_type": "segm"}),
         ("miou", {}),
         ("miou", {"absent": "zero"}),
+        ("panoptic", {}),
+        ("panoptic", {"things": ["square"]}),
     ],
 }  # fmt: skip
 

@@ -17,6 +17,7 @@ USER_ERRORS = (
     ("vitdense.data.base", "DataError"),
     ("vitdense.engine.checkpoint", "CheckpointError"),
     ("vitdense.engine.tally", "NonFiniteLoss"),
+    ("vitdense.convert.source", "ConversionError"),
 )
 """Errors whose text is made for the user, and where they live."""
 
@@ -80,6 +81,29 @@ def predict(args: argparse.Namespace) -> None:
     )
 
 
+def score(args: argparse.Namespace) -> None:
+    """score predictions in files that any program wrote"""
+    from vitdense.inference.score import score
+
+    score(
+        args.kind,
+        args.truth,
+        args.predictions,
+        backend=args.backend,
+        max_detections=args.max_detections,
+        classes=args.classes,
+        absent=args.absent,
+        json_path=args.json,
+    )
+
+
+def convert(args: argparse.Namespace) -> None:
+    """convert public weights into a model of vitdense"""
+    from vitdense.convert.conversion import convert
+
+    print(convert(args.source, args.out, partial=args.partial))
+
+
 def check(args: argparse.Namespace) -> None:
     """build what a config says and try one real batch"""
     from vitdense import config
@@ -110,11 +134,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         from vitdense.registry import suggest
 
-        found = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        found = re.search(r"argument (.*): invalid choice: '(.*?)' \(choose from (.*)\)", message)
         if found:
-            choices = [choice.strip(" '") for choice in found[2].split(",")]
-            hint = suggest(found[1], choices)
-            message = f"there is no command {found[1]!r}.{hint} Known: {', '.join(choices)}"
+            choices = [choice.strip(" '") for choice in found[3].split(",")]
+            hint = suggest(found[2], choices)
+            what = "there is no command" if found[1] == "COMMAND" else f"{found[1]} has no choice"
+            message = f"{what} {found[2]!r}.{hint} Known: {', '.join(choices)}"
         self.exit(2, f"error: {message}\n{self.format_usage()}")
 
 
@@ -142,6 +167,8 @@ def build_parser() -> Parser:
         ("train", train, _train_arguments),
         ("eval", evaluate, _eval_arguments),
         ("predict", predict, _predict_arguments),
+        ("score", score, _score_arguments),
+        ("convert", convert, _convert_arguments),
         ("check", check, _config_arguments),
         ("list", list_, _list_arguments),
         ("show", show, _show_arguments),
@@ -187,6 +214,34 @@ def _predict_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--threshold", type=float, default=0.3, help=text)
     command.add_argument("--batch-size", type=int, default=1, help="images at a time")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+
+
+def _score_arguments(command: argparse.ArgumentParser) -> None:
+    kinds = ("bbox", "segm", "panoptic", "semantic")
+    command.add_argument("--kind", choices=kinds, required=True, help="what is compared")
+    text = "annotation file of COCO, or folder of label maps (semantic)"
+    command.add_argument("--truth", type=Path, required=True, metavar="T", help=text)
+    text = "result file of COCO, or folder of label maps (semantic)"
+    command.add_argument("--predictions", type=Path, required=True, metavar="P", help=text)
+    backends = ("auto", "device", "pycocotools", "hotcoco", "faster-coco-eval")
+    text = "who computes boxes and masks; all give the same (default %(default)s)"
+    command.add_argument("--backend", choices=backends, default="auto", help=text)
+    text = "best detections of an image and class that count (default %(default)s)"
+    command.add_argument("--max-detections", type=int, default=100, metavar="N", help=text)
+    text = "class names of label maps; by default classes.json or .txt beside them or above"
+    command.add_argument("--classes", type=Path, metavar="FILE", help=text)
+    text = "classes of label maps without pixels: leave out, or count as 0 (default %(default)s)"
+    command.add_argument("--absent", choices=("skip", "zero"), default="skip", help=text)
+    command.add_argument("--json", type=Path, metavar="OUT", help="write the numbers to this file")
+
+
+def _convert_arguments(command: argparse.ArgumentParser) -> None:
+    text = "folder of transformers, .safetensors, .pth, .bin or .pkl file, or id on the hub"
+    command.add_argument("source", metavar="SOURCE", help=text)
+    text = "model.safetensors to write; a config to train from it is written beside it"
+    command.add_argument("--out", type=Path, required=True, metavar="FILE", help=text)
+    text = "accept what is left over, and start what is missing from new values"
+    command.add_argument("--partial", action="store_true", help=text)
 
 
 def _list_arguments(command: argparse.ArgumentParser) -> None:

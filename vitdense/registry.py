@@ -33,6 +33,9 @@ Builder = Callable[..., T]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 """A number in 0..1."""
 
+Span = int | float | str
+"""A part of a run: 0.05 of it, 500 steps, or "2 epochs"."""
+
 
 class Registry(Generic[T]):
     """Parts of one kind by name, known from their source before anything is imported.

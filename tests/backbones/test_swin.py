@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from vitdense.backbones import swin
 from vitdense.backbones.timm import TimmBackbone
+from vitdense.convert import backbones
+from vitdense.convert.names import Weights
 
 CONFIG = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)}
 MODELS = ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"]
@@ -89,38 +91,9 @@ def test_equals_transformers_with_level_norms(size: tuple[int, int]) -> None:
     for parameter in reference.parameters():
         nn.init.normal_(parameter, std=0.2)
     ours = backbone(level_norm=True)
-    ours.load_state_dict(from_transformers(reference.state_dict(), set(ours.state_dict())))
+    weights = Weights(reference.state_dict())
+    weights.drop(r"relative_position_index|swin\.layernorm", "is not ours")
+    weights.rename(backbones.KINDS["swin"].rules(config.to_dict()))
+    ours.load_state_dict(weights.found)
     expected = reference(images(*size)).feature_maps
     torch.testing.assert_close(ours(images(*size)), list(expected), atol=1e-4, rtol=1e-4)
-
-
-def from_transformers(state: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
-    """Weights of transformers' Swin backbone under our names."""
-    found = {}
-    for name in names:
-        parts = name.split(".")
-        if parts[0] == "level_norms":
-            found[name] = state[f"hidden_states_norms.stage{int(parts[1]) + 1}.{parts[2]}"]
-        elif parts[1] == "patch_embed":
-            theirs = {"proj": "patch_embeddings.projection", "norm": "norm"}[parts[2]]
-            found[name] = state[f"swin.embeddings.{theirs}.{parts[3]}"]
-        elif "downsample" in parts:  # transformers merges patches at the end of a stage
-            stage = f"swin.encoder.layers.{int(parts[2]) - 1}"
-            found[name] = state[f"{stage}.downsample.{'.'.join(parts[4:])}"]
-        else:
-            layer = f"swin.encoder.layers.{parts[2]}.blocks.{parts[4]}"
-            found[name] = _of_layer(state, layer, ".".join(parts[5:-1]), parts[-1])
-    return found
-
-
-def _of_layer(state: dict[str, Tensor], layer: str, module: str, leaf: str) -> Tensor:
-    if leaf == "relative_position_bias_table":
-        return state[f"{layer}.attention.relative_position_bias.{leaf}"]
-    if module == "attn.qkv":
-        return torch.cat([state[f"{layer}.attention.{part}_proj.{leaf}"] for part in "qkv"])
-    theirs = {
-        "norm1": "layernorm_before",
-        "norm2": "layernorm_after",
-        "attn.proj": "attention.o_proj",
-    }
-    return state[f"{layer}.{theirs.get(module, module)}.{leaf}"]

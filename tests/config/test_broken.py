@@ -44,7 +44,7 @@ CASES = {
     "option of another head": (
         ("channels: 64", "queries: 100"),
         "config.yaml:3: model.head.queries: head 'upernet' has no option 'queries' (got 100). "
-        "It belongs to head 'deformable_detr', 'detr'. Known: channels,",
+        "It belongs to head 'deformable_detr', 'detr', 'dino'. Known: channels,",
     ),
     "wrong type": (
         ("channels: 64", "channels: wide"),

@@ -85,6 +85,60 @@ def test_workers_and_resuming_change_nothing(shapes_root, task):
     assert not equal(whole[0], other[0])
 
 
+RECIPE = {
+    "mosaic": 0.5,
+    "mixup": 0.5,
+    "copy_paste": 0.5,
+    "multi_scale": (0.5, 1.5),
+    "jitter": (0.5, 1.5),
+    "close": 0.3,
+}
+
+
+def test_a_whole_recipe_is_the_same_for_any_workers_and_after_any_stop(shapes_root):
+    dataset = ShapesDataset(shapes_root, "train", task="instance", images=24, size=96)
+    policy = DetectionPolicy(size=64, **RECIPE)
+
+    def load(workers: int, start: int = 0, count: int = 8) -> list[Batch]:
+        loader = training_loader(
+            dataset, policy, 5, 16, workers=workers, seed=3, start_step=start, closing=ends
+        )
+        return take(loader, count)
+
+    def ends(step: int) -> bool:
+        return step >= 6
+
+    whole = load(0)
+    assert all(map(equal, whole, load(2)))
+    assert all(map(equal, whole[3:], load(1, start=3, count=5)))  # within a pass of 24 images
+    sides = [batch.images.shape[-1] for batch in whole]
+    assert len(set(sides[:6])) > 2 and all(side % 16 == 0 for side in sides)
+    assert sides[6:] == [64, 64]
+    for batch in whole[6:]:
+        for image, index in zip(batch.images, batch.image_ids, strict=True):
+            same = policy.evaluate(next(s for s in dataset if s.image_id == index)).image
+            assert torch.equal(image, same) or torch.equal(image, same.flip(2))
+
+
+def test_processes_share_the_canvas():
+    dataset, policy = Numbers([(8, 8)] * 9), DetectionPolicy(size=64, multi_scale=(0.5, 1.5))
+    ranks = [
+        take(training_loader(dataset, policy, 2, 8, workers=0, rank=r, world_size=2), 6)
+        for r in (0, 1)
+    ]
+    shapes = [[batch.images.shape for batch in batches] for batches in ranks]
+    assert shapes[0] == shapes[1] and len(set(shapes[0])) > 2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_fault_in_an_image_that_is_mixed_in_names_it(coco, workers):
+    root = coco.write()
+    (root / "images/train/b.png").write_bytes(b"no image")
+    policy = DetectionPolicy(size=32, mosaic=1.0)
+    with pytest.raises(DataError, match=r"b\.png: not an image"):
+        take(training_loader(CocoDataset(root, "train"), policy, 1, workers=workers), 4)
+
+
 def test_the_global_random_state_is_not_touched():
     dataset = Numbers([(8, 8)] * 3)
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from vitdense.engine.optim import build_optimizer, clip_gradients, parameter_groups, set_lr
 from vitdense.models.base import Model
+from vitdense.registry import BACKBONES
 
 
 def settings(model: Model, **options: Any) -> dict[str, tuple[float, float]]:
@@ -38,6 +40,12 @@ def test_only_kernels_decay(tiny_model: Model) -> None:
     }
 
 
+def test_embeddings_do_not_decay(tiny_model: Model) -> None:
+    """As in Mask2Former; DETR's own recipe has a decay too small to tell."""
+    tiny_model.queries = torch.nn.Embedding(5, 8)
+    assert settings(tiny_model)["queries.weight"] == (1.0, 0.0)
+
+
 def test_frozen_parameters_are_left_out(tiny_model: Model) -> None:
     tiny_model.backbone.requires_grad_(False)
     assert settings(tiny_model).keys() == {
@@ -60,6 +68,58 @@ def test_layer_decay_needs_an_order(tiny_model: Model) -> None:
     tiny_model.backbone.layer_depths = dict  # type: ignore[method-assign, assignment]
     with pytest.raises(ValueError, match="^layer_decay: TinyBackbone knows no depth of 'pos"):
         parameter_groups(tiny_model, 0.05, layer_decay=0.9)
+
+
+def test_scales_by_parts_of_names(tiny_model: Model) -> None:
+    scales = {"head": 0.1, "backbone.blocks": 0.5, "0": 2.0}
+    found = settings(tiny_model, backbone_scale=0.2, scales=scales)
+    assert found["head.weight"] == (pytest.approx(0.1), 0.05)
+    assert found["head.bias"] == (pytest.approx(0.1), 0.0)
+    assert found["backbone.blocks.0.weight"][0] == pytest.approx(0.2 * 0.5 * 2)
+    assert found["backbone.blocks.1.weight"][0] == pytest.approx(0.2 * 0.5)
+    assert found["backbone.stem.weight"][0] == pytest.approx(0.2)
+    assert found["norm.weight"][0] == 1
+
+
+@pytest.mark.parametrize("part", ["hea", "heads", "blocks.weight", ""])
+def test_a_scale_of_nothing_is_an_error(tiny_model: Model, part: str) -> None:
+    with pytest.raises(ValueError, match=f"^scales: no parameter is called '{part}'"):
+        parameter_groups(tiny_model, 0.05, scales={part: 0.1})
+    with pytest.raises(ValueError, match=r"Did you mean 'head'\? Parts are backbone, "):
+        parameter_groups(tiny_model, 0.05, scales={"haed": 0.1})
+
+
+def test_sampling_offsets_learn_slower_as_in_deformable_detr(tiny_model: Model) -> None:
+    from vitdense.layers.deformable_attention import DeformableAttention
+
+    attention = tiny_model.cross_attention = DeformableAttention(16, 2, 1, 2)
+    optimizer = build_optimizer(tiny_model, 1e-4, 1e-4, scales={"offsets": 0.1})
+    slow = {
+        id(parameter)
+        for group in optimizer.param_groups
+        if group["lr"] == pytest.approx(1e-5)
+        for parameter in group["params"]
+    }
+    assert slow == {id(p) for p in attention.offsets.parameters()}
+
+
+def test_layer_decay_is_vitdets() -> None:
+    """detectron2's get_vit_lr_decay_rate: positions and patches at 0, block i at i + 1."""
+    backbone = BACKBONES.get("timm")(
+        model="vit_tiny_patch16_224", options={"depth": 3, "embed_dim": 16, "num_heads": 2}
+    )
+    model = torch.nn.Module()
+    model.backbone = backbone
+    found = settings(model, layer_decay=0.7)  # type: ignore[arg-type]
+    for name, (scale, decay) in found.items():
+        block = re.search(r"blocks\.(\d+)\.", name)
+        layer = int(block[1]) + 1 if block else 0
+        if "model.norm" not in name:
+            assert scale == pytest.approx(0.7 ** (3 + 1 - layer)), name
+        if "pos_embed" in name or "token" in name or "norm" in name or name.endswith("bias"):
+            assert decay == 0, name
+        if name.endswith(("qkv.weight", "fc1.weight", "patch_embed.proj.weight")):
+            assert decay == 0.05, name
 
 
 def test_shared_parameters_count_once(tiny_model: Model) -> None:

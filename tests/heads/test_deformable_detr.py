@@ -14,6 +14,8 @@ from transformers.loss.loss_deformable_detr import (
     DeformableDetrImageLoss,
 )
 
+from vitdense.convert.deformable_detr import names
+from vitdense.convert.names import rename
 from vitdense.heads.detection.deformable_detr import DeformableDetrHead, choose_levels
 from vitdense.ops.boxes import xyxy_to_relative
 from vitdense.structures import Frame, Level, Target
@@ -26,48 +28,13 @@ SMALL = dict(
     num_levels=3,
 )  # fmt: skip
 
-NAMES = [
-    (r"^model\.", ""),
-    (r"^input_proj", "inputs"),
-    (r"^query_position_embeddings", "queries"),
-    (r"^reference_points", "references"),
-    (r"^enc_output_norm", "proposal.1"),
-    (r"^enc_output\.", "proposal.0."),
-    (r"^pos_trans_norm", "place.1"),
-    (r"^pos_trans\.", "place.0."),
-    (r"coder\.layers\.", "coder."),
-    (r"^(encoder.*)\.self_attn\.", r"\1.attention."),
-    (r"^(encoder.*)\.self_attn_layer_norm", r"\1.norm"),
-    (r"\.self_attn\.", ".self_attention."),
-    (r"\.self_attn_layer_norm", ".self_norm"),
-    (r"\.encoder_attn\.", ".cross_attention."),
-    (r"\.encoder_attn_layer_norm", ".cross_norm"),
-    (r"\.sampling_offsets", ".offsets"),
-    (r"\.attention_weights", ".weights"),
-    (r"\.(q|query)_proj", ".query"),
-    (r"\.k_proj", ".key"),
-    (r"\.(v|value)_proj", ".value"),
-    (r"\.(o|output)_proj", ".output"),
-    (r"\.mlp\.fc1", ".feed_forward.expand"),
-    (r"\.mlp\.fc2", ".feed_forward.reduce"),
-    (r"\.final_layer_norm", ".feed_forward.norm"),
-    (r"^class_embed\.(\d+)", r"predictors.\1.classes"),
-    (r"^bbox_embed\.(\d+)", r"predictors.\1.boxes"),
-    (r"^predictors\.3\.", "proposer."),  # the one after the last layer
-]
-
 
 def convert(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """transformers' names -> ours, without the backbone and the repeated predictors."""
-    converted = {}
-    for name, value in weights.items():
-        if "backbone" in name or name.startswith("model.decoder.") and "_embed" in name:
-            continue
-        for pattern, replacement in NAMES:
-            name = re.sub(pattern, replacement, name)
-        # proposals are told apart by class 0 alone
-        converted[name] = value[:1] if name.startswith("proposer.classes") else value
-    return converted
+    """transformers' names -> ours, without the backbone."""
+    found = rename({name: x for name, x in weights.items() if "backbone" not in name}, names(3))
+    # proposals are told apart by class 0 alone
+    first = "first_stage.predictor.classes"
+    return {name: x[:1] if name.startswith(first) else x for name, x in found.items()}
 
 
 class FixedFeatures(nn.Module):
@@ -150,7 +117,9 @@ def pair(request, features):
     ours = DeformableDetrHead(LEVELS, 5, **SMALL, **options).double().eval()
     weights = convert(theirs.state_dict())
     if not options["box_refinement"]:
-        weights = {k: v for k, v in weights.items() if not re.match(r"predictors\.[12]", k)}
+        weights = {
+            k: v for k, v in weights.items() if not re.match(r"decoder\.predictors\.[12]", k)
+        }
     ours.load_state_dict(weights)
     return ours, theirs
 
@@ -174,8 +143,12 @@ def test_outputs_of_all_layers_equal_transformers(pair, features, monkeypatch):
     torch.testing.assert_close(outputs.logits[-1], expected.logits, atol=atol, rtol=0)
     if ours.two_stage:
         logits, boxes = expected.enc_outputs_class, expected.enc_outputs_coord_logits
-        torch.testing.assert_close(outputs.encoder_logits[0], logits[..., :1], atol=1e-10, rtol=0)
-        torch.testing.assert_close(outputs.encoder_boxes[0], boxes.sigmoid(), atol=1e-10, rtol=0)
+        torch.testing.assert_close(
+            outputs.others["_encoder"].logits[0], logits[..., :1], atol=1e-10, rtol=0
+        )
+        torch.testing.assert_close(
+            outputs.others["_encoder"].boxes[0], boxes.sigmoid(), atol=1e-10, rtol=0
+        )
 
 
 @pytest.mark.parametrize("counts", [(3, 2), (0, 4), (1, 0)])
@@ -215,7 +188,10 @@ def test_encoder_losses_equal_transformers_criterion(features, aware):
     matcher = DeformableDetrHungarianMatcher(class_cost=2, bbox_cost=5, giou_cost=2)
     criterion = DeformableDetrImageLoss(matcher, 5 if aware else 1, 0.25, ["labels", "boxes"])
     terms = criterion(
-        {"logits": outputs.encoder_logits[0], "pred_boxes": outputs.encoder_boxes[0]},
+        {
+            "logits": outputs.others["_encoder"].logits[0],
+            "pred_boxes": outputs.others["_encoder"].boxes[0],
+        },
         [
             {
                 "class_labels": t.labels if aware else torch.zeros_like(t.labels),
@@ -258,7 +234,7 @@ def test_reads_levels_from_stride_8(strides, expected):
 
 def test_makes_missing_levels_by_halving_the_last(features):
     head = DeformableDetrHead(LEVELS, 5, **(SMALL | dict(num_levels=5))).double()
-    maps = head._project(features)
+    maps = head.inputs([features[i] for i in head.input_levels])
     assert [tuple(x.shape[-2:]) for x in maps] == [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]
 
 
@@ -331,7 +307,7 @@ def test_uses_the_costs_and_constants_of_the_paper():
     matcher = head.criterion.matcher
     assert (matcher.class_weight, matcher.box_weight, matcher.giou_weight) == (2, 5, 2)
     assert head.criterion.weights == {"class": 2, "box": 5, "giou": 2}
-    for predictor in [*head.predictors, head.proposer]:
+    for predictor in [*head.decoder.predictors, head.first_stage.predictor]:
         torch.testing.assert_close(
             predictor.classes.bias.sigmoid(), torch.full_like(predictor.classes.bias, 0.01)
         )

@@ -12,6 +12,10 @@ from vitdense.structures import Frame, Level, Target
 
 SMALL = dict(width=32, heads=4, ffn=64, encoder_layers=1, decoder_layers=2, queries=10, dropout=0.0)
 
+LEFT = {"lwdetr": 0.05, "dino": 0.25}
+"""Share of the loss that may be left: soft targets have an entropy, and noise that
+is new in every step cannot be learned by heart."""
+
 
 def make_scene():
     """Two images of coloured rectangles, 64 x 64, and their truth."""
@@ -64,15 +68,20 @@ def overfit(head, stride: int, steps: int):
     "name, stride, steps, options",
     [
         ("detr", 8, 250, dict(level=0)),
+        ("detr", 8, 250, dict(level=0, query_kind="conditional")),
+        ("detr", 8, 400, dict(level=0, query_kind="dab")),
         ("deformable_detr", 4, 300, dict(num_levels=2, input_levels=[0, 1])),
+        ("dino", 8, 250, dict(num_levels=2, queries=30, denoising=10)),
+        ("lwdetr", 8, 300, dict(cross_heads=8, groups=4, encoder_layers=None)),
     ],
 )
 def test_overfits_two_images(name, stride, steps, options):
     torch.manual_seed(0)
     levels = [Level(32, stride), Level(32, 2 * stride)]
-    head = HEADS.get(name)(levels, 3, **SMALL, **options)
+    known = {key: value for key, value in (SMALL | options).items() if value is not None}
+    head = HEADS.get(name)(levels, 3, **known)
     first, last, answers, targets = overfit(head, stride, steps)
-    assert last < 0.01 * first
+    assert last < LEFT.get(name, 0.01) * first
     for answer, target in zip(answers, targets, strict=True):
         count = len(target.labels)
         overlaps, found = box_iou(target.boxes, answer.boxes[:count]).max(1)

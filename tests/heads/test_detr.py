@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 from torch import nn
 from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
 from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
 
+from vitdense.convert.detr import NAMES
+from vitdense.convert.names import rename
 from vitdense.heads.detection.detr import DetrHead
 from vitdense.losses.set_criterion import SetCriterion
 from vitdense.ops.boxes import xyxy_to_relative
@@ -20,40 +20,10 @@ LEVELS = [Level(8, 8), Level(12, 16)]
 CANVAS = (64, 96)
 SMALL = dict(width=32, heads=4, ffn=48, encoder_layers=2, decoder_layers=3, queries=12)
 
-NAMES = [
-    (r"^model\.", ""),
-    (r"^input_projection", "input"),
-    (r"^query_position_embeddings", "queries"),
-    (r"coder\.layers\.", "coder."),
-    (r"^decoder\.layernorm", "norm"),
-    (r"^(encoder.*)\.self_attn\.", r"\1.attention."),
-    (r"^(encoder.*)\.self_attn_layer_norm", r"\1.norm"),
-    (r"\.self_attn\.", ".self_attention."),
-    (r"\.self_attn_layer_norm", ".self_norm"),
-    (r"\.encoder_attn\.", ".cross_attention."),
-    (r"\.encoder_attn_layer_norm", ".cross_norm"),
-    (r"\.q_proj", ".query"),
-    (r"\.k_proj", ".key"),
-    (r"\.v_proj", ".value"),
-    (r"\.o_proj", ".output"),
-    (r"\.mlp\.fc1", ".feed_forward.expand"),
-    (r"\.mlp\.fc2", ".feed_forward.reduce"),
-    (r"\.final_layer_norm", ".feed_forward.norm"),
-    (r"^class_labels_classifier", "classes"),
-    (r"^bbox_predictor", "boxes"),
-]
-
 
 def convert(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """transformers' names -> ours, without the backbone."""
-    converted = {}
-    for name, value in weights.items():
-        if "backbone" in name:
-            continue
-        for pattern, replacement in NAMES:
-            name = re.sub(pattern, replacement, name)
-        converted[name] = value
-    return converted
+    return rename({name: x for name, x in weights.items() if "backbone" not in name}, NAMES)
 
 
 class FixedFeatures(nn.Module):

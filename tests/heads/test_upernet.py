@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from vitdense.heads.segmentation.base import SemanticOutputs, classify
-from vitdense.heads.segmentation.blocks import ConvNorm, make_norm, pool
+from vitdense.heads.segmentation.blocks import ConvNorm, pool
 from vitdense.heads.segmentation.upernet import UPerNetHead
+from vitdense.layers.norm import make_norm
 from vitdense.structures import IGNORE, Frame, Level, Target
 
 WIDTHS = [8, 16, 24, 32]

@@ -24,64 +24,73 @@ def bilinear(cells: torch.Tensor, x: float, y: float) -> torch.Tensor:
     return total
 
 
-def sample_by_loop(values, shapes, locations, weights) -> torch.Tensor:
-    batch, queries, heads, levels, points, _ = locations.shape
+def sample_by_loop(values, shapes, points, locations, weights) -> torch.Tensor:
+    batch, queries, heads, _, _ = locations.shape
     out = values.new_zeros(batch, queries, heads, values.shape[-1])
     starts = [0, 24]
-    for b, q, h, l, p in torch.cartesian_prod(
-        *[torch.arange(n) for n in (batch, queries, heads, levels, points)]
+    level_of = [level for level, count in enumerate(points) for _ in range(count)]
+    for b, q, h, p in torch.cartesian_prod(
+        *[torch.arange(n) for n in (batch, queries, heads, sum(points))]
     ).tolist():
-        height, width = shapes[l]
-        cells = values[b, starts[l] : starts[l] + height * width, h].view(height, width, -1)
-        x, y = locations[b, q, h, l, p].tolist()
-        sample = bilinear(cells, x * width - 0.5, y * height - 0.5)
-        out[b, q, h] += weights[b, q, h, l, p] * sample
+        level = level_of[p]
+        height, width = shapes[level]
+        cells = values[b, starts[level] : starts[level] + height * width, h]
+        x, y = locations[b, q, h, p].tolist()
+        sample = bilinear(cells.view(height, width, -1), x * width - 0.5, y * height - 0.5)
+        out[b, q, h] += weights[b, q, h, p] * sample
     return out.flatten(2)
 
 
-def make_inputs(queries: int = 5, heads: int = 2, width: int = 3, points: int = 4):
+def make_inputs(queries: int = 5, heads: int = 2, width: int = 3, points: int = 7):
     torch.manual_seed(0)
     values = torch.randn(2, CELLS, heads, width, dtype=torch.float64)
     # some points lie outside the maps
-    locations = torch.rand(2, queries, heads, 2, points, 2, dtype=torch.float64) * 1.4 - 0.2
-    weights = torch.rand(2, queries, heads, 2, points, dtype=torch.float64)
+    locations = torch.rand(2, queries, heads, points, 2, dtype=torch.float64) * 1.4 - 0.2
+    weights = torch.rand(2, queries, heads, points, dtype=torch.float64)
     return values, locations, weights
 
 
-def test_sampling_equals_a_loop_over_points():
+@pytest.mark.parametrize("points", [[4, 3], [1, 6]])
+def test_sampling_equals_a_loop_over_points(points):
     values, locations, weights = make_inputs()
-    expected = sample_by_loop(values, SHAPES, locations, weights)
-    torch.testing.assert_close(deformable_sampling(values, SHAPES, locations, weights), expected)
+    expected = sample_by_loop(values, SHAPES, points, locations, weights)
+    sampled = deformable_sampling(values, SHAPES, points, locations, weights)
+    torch.testing.assert_close(sampled, expected)
 
 
 def test_sampling_passes_gradcheck():
-    inputs = [x.requires_grad_() for x in make_inputs(queries=2, width=2, points=2)]
+    inputs = [x.requires_grad_() for x in make_inputs(queries=2, width=2, points=3)]
 
     def sample(values, locations, weights):
-        return deformable_sampling(values, SHAPES, locations, weights)
+        return deformable_sampling(values, SHAPES, [1, 2], locations, weights)
 
     assert torch.autograd.gradcheck(sample, inputs)
 
 
+@pytest.mark.parametrize("points", [3, [2, 5]])
 @pytest.mark.parametrize("coordinates", [2, 4])
-def test_module_places_points_around_its_references(coordinates):
+def test_module_places_points_around_its_references(coordinates, points):
     torch.manual_seed(0)
-    module = DeformableAttention(8, heads=2, levels=2, points=3).double()
+    module = DeformableAttention(8, heads=2, levels=2, points=points, reach=0.7).double()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
+    counts = [points] * 2 if isinstance(points, int) else points
+    total = sum(counts)
     queries = torch.randn(2, 5, 8, dtype=torch.float64)
     memory = torch.randn(2, CELLS, 8, dtype=torch.float64)
     references = torch.rand(2, 5, coordinates, dtype=torch.float64)
-    offsets = module.offsets(queries).view(2, 5, 2, 2, 3, 2)
-    weights = module.weights(queries).view(2, 5, 2, 6).softmax(-1).view(2, 5, 2, 2, 3)
-    centres = references[:, :, None, None, None, :2]
-    if coordinates == 2:
-        scale = torch.tensor([[4.0, 6], [2, 3]], dtype=torch.float64)  # widths and heights
-        locations = centres + offsets / scale[:, None]
-    else:
-        locations = centres + offsets / 3 * references[:, :, None, None, None, 2:] / 2
+    offsets = module.offsets(queries).view(2, 5, 2, total, 2)
+    weights = module.weights(queries).view(2, 5, 2, total).softmax(-1)
+    scales = []
+    for (height, width), count in zip(SHAPES, counts, strict=True):
+        for _ in range(count):
+            scales.append([1 / width, 1 / height] if coordinates == 2 else [0.7 / count] * 2)
+    scale = torch.tensor(scales, dtype=torch.float64)
+    if coordinates == 4:
+        scale = scale * references[:, :, None, None, 2:]
+    locations = references[:, :, None, None, :2] + offsets * scale
     values = module.value(memory).view(2, CELLS, 2, 4)
-    expected = module.output(sample_by_loop(values, SHAPES, locations, weights))
+    expected = module.output(sample_by_loop(values, SHAPES, counts, locations, weights))
     torch.testing.assert_close(module(queries, references, memory, SHAPES), expected)
 
 
@@ -110,3 +119,8 @@ def test_half_precision_places_points_precisely():
 def test_names_heads_that_do_not_divide_the_width():
     with pytest.raises(ValueError, match="heads: 3 does not divide the width 16"):
         DeformableAttention(16, heads=3, levels=1, points=1)
+
+
+def test_names_points_that_are_not_one_per_level():
+    with pytest.raises(ValueError, match=r"points: \[3, 6\] must be one number or 3"):
+        DeformableAttention(16, heads=4, levels=3, points=[3, 6])

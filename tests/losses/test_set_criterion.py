@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
+from transformers import LwDetrConfig, RTDetrV2Config
+from transformers.loss.loss_lw_detr import LwDetrForObjectDetectionLoss
+from transformers.loss.loss_rt_detr import RTDetrForObjectDetectionLoss
 
-from vitdense.losses.classification import FocalLoss, SoftmaxLoss
+from vitdense.heads.detection.denoising import Denoising
+from vitdense.losses import set_criterion as module
+from vitdense.losses.classification import (
+    CLASS_LOSSES,
+    FocalLoss,
+    IoUAwareLoss,
+    SoftmaxLoss,
+    VarifocalLoss,
+)
 from vitdense.losses.matcher import Truths, match
 from vitdense.losses.set_criterion import Queries, SetCriterion, count_truths
 from vitdense.structures import Target
 
 CANVAS = (80, 100)
 CLASSES = 5
+SIGMOID = list(CLASS_LOSSES)
 
 
 def make_targets(*counts: int) -> list[Target]:
@@ -218,8 +232,168 @@ def test_focal_loss_equals_torchvision():
         dense[image, matches[0, image, truth], labels[image, truth]] = 1
     for alpha, gamma in ((0.25, 2.0), (0.5, 1.5)):
         expected = sigmoid_focal_loss(logits[0], dense, alpha, gamma, reduction="sum") / 4
-        loss = FocalLoss(alpha, gamma).loss(logits, labels, matches, torch.tensor(4.0))
+        loss = FocalLoss(alpha, gamma).loss(
+            logits, labels, matches, torch.rand(1, 2, 3), torch.tensor(4.0)
+        )
         torch.testing.assert_close(loss, expected[None])
+
+
+@pytest.mark.parametrize("kind", SIGMOID)
+def test_groups_equal_a_loop_over_them(kind):
+    torch.manual_seed(0)
+    queries, targets = make_queries(2, 3, 3 * 7), make_targets(3, 0, 2)
+    criterion = SetCriterion(CLASS_LOSSES[kind](), class_cost=2, class_weight=1)
+    queries.groups = 3
+    together = criterion({"": queries}, targets, CANVAS)
+    parts = [
+        Queries(queries.logits[:, :, i : i + 7], queries.boxes[:, :, i : i + 7]) for i in (0, 7, 14)
+    ]
+    apart = [criterion({"": part}, targets, CANVAS) for part in parts]
+    mean = {name: sum(each[name] for each in apart) / 3 for name in together}
+    torch.testing.assert_close(together, mean)
+
+
+@pytest.mark.parametrize("kind", SIGMOID)
+@pytest.mark.parametrize("counts", [(3, 0, 2), (0, 0, 0)])
+def test_identical_groups_equal_one(kind, counts):
+    torch.manual_seed(0)
+    queries, targets = make_queries(2, 3, 7), make_targets(*counts)
+    criterion = SetCriterion(CLASS_LOSSES[kind](), class_cost=2, class_weight=1)
+    one = criterion({"": queries}, targets, CANVAS)
+    repeated = [x.repeat(1, 1, 4, 1) for x in (queries.logits, queries.boxes)]
+    four = criterion({"": Queries(*repeated, groups=4)}, targets, CANVAS)
+    torch.testing.assert_close(one, four)
+    gradients = [
+        torch.autograd.grad(sum(terms.values()), (queries.logits, queries.boxes))
+        for terms in (one, four)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_group_may_have_fewer_queries_than_truths():
+    torch.manual_seed(0)
+    queries, targets = make_queries(1, 2, 6), make_targets(5, 1)
+    queries.groups = 3
+    losses = make_criterion()({"": queries}, targets, CANVAS)
+    sum(losses.values()).backward()
+    # two queries of each group find a truth in the first image, one in the second
+    assert (queries.boxes.grad != 0).any(-1).sum() == 3 * (2 + 1)
+
+
+@pytest.mark.parametrize("kind", SIGMOID)
+def test_known_matches_equal_the_best_ones(kind):
+    torch.manual_seed(0)
+    targets = make_targets(3, 0, 2)
+    truths = Truths.from_targets(targets, CANVAS)
+    queries = make_queries(2, 3, 8)
+    with torch.no_grad():  # the first queries are nearly the truth
+        queries.boxes[:, :, :3] = truths.boxes + 0.01 * torch.randn(2, 3, 3, 4)
+    criterion = SetCriterion(CLASS_LOSSES[kind](), class_cost=2, class_weight=1)
+    found = criterion({"": queries}, targets, CANVAS)
+    known = (
+        torch.arange(3)
+        .expand(3, -1)
+        .masked_fill(torch.arange(3) >= torch.tensor(truths.counts)[:, None], -1)
+    )
+    given = criterion({"": replace(queries, matches=known)}, targets, CANVAS)
+    torch.testing.assert_close(found, given)
+
+
+def test_known_matches_hold_for_every_group():
+    torch.manual_seed(0)
+    targets = make_targets(2, 1)
+    queries = make_queries(1, 2, 3 * 4)
+    known = torch.tensor([[3, 0], [2, -1]])
+    losses = make_criterion()({"": replace(queries, groups=3, matches=known)}, targets, CANVAS)
+    losses["box"].backward()
+    touched = (queries.boxes.grad[0] != 0).any(-1).view(2, 3, 4)
+    assert touched.nonzero()[:, [0, 2]].unique(dim=0).tolist() == [[0, 0], [0, 3], [1, 2]]
+    assert touched.sum() == 3 * 3
+
+
+def test_only_unknown_matches_go_to_the_host(monkeypatch):
+    torch.manual_seed(0)
+    queries = {"": make_queries(2, 2, 6), "_denoising": make_queries(2, 2, 8)}
+    queries["_denoising"].matches = torch.tensor([[0, 1, 2], [0, -1, -1]])
+    seen = []
+    original = module.match
+    monkeypatch.setattr(
+        module, "match", lambda costs, t: seen.append(len(costs)) or original(costs, t)
+    )
+    losses = make_criterion()(queries, make_targets(3, 1), CANVAS)
+    assert seen == [1]
+    assert list(losses)[-1] == "giou_denoising_aux"
+
+
+def as_labels(targets: list[Target]) -> list[dict]:
+    truths = Truths.from_targets(targets, CANVAS)
+    return [
+        {"class_labels": truths.labels[i, :n], "boxes": truths.boxes[i, :n].double()}
+        for i, n in enumerate(truths.counts)
+    ]
+
+
+@pytest.mark.parametrize("counts", [(3, 0, 2), (1, 1, 4), (9, 2, 0)])
+def test_all_terms_equal_transformers_rt_detr(counts):
+    torch.manual_seed(0)
+    targets = make_targets(*counts)
+    noisy = Denoising(CLASSES, 4, 20, 0.5, 1.0)(Truths.from_targets(targets, CANVAS))
+    size = noisy.queries.shape[1]
+    logits = torch.randn(3, 3, size + 12, CLASSES).double()
+    boxes = (0.2 + 0.6 * torch.rand(3, 3, size + 12, 4)).double()
+    encoder = make_queries(1, 3, 12)
+    denoising, own = noisy.split(Queries(logits, boxes))
+    parts = {"": own, "_encoder": encoder, "_denoising": denoising}
+    ours = SetCriterion(VarifocalLoss(), class_cost=2, class_weight=1)(parts, targets, CANVAS)
+
+    truth = torch.arange(size // noisy.groups // 2)
+    starts = torch.arange(noisy.groups) * (size // noisy.groups)
+    positives = [(starts[:, None] + truth[:count]).flatten() for count in counts]
+    meta = {
+        "dn_positive_idx": positives,
+        "dn_num_group": noisy.groups,
+        "dn_num_split": [size, 12],
+    }
+    _, theirs, _ = RTDetrForObjectDetectionLoss(
+        logits[-1], as_labels(targets), "cpu", boxes[-1], RTDetrV2Config(num_labels=CLASSES),
+        logits.transpose(0, 1), boxes.transpose(0, 1), encoder.logits[0], encoder.boxes[0], meta,
+    )  # fmt: skip
+    expected = {}
+    for name, term in (("class", "vfl"), ("box", "bbox"), ("giou", "giou")):
+        term = f"loss_{term}"
+        expected[name] = theirs[term]
+        expected[name + "_aux"] = theirs[term + "_aux_0"] + theirs[term + "_aux_1"]
+        expected[name + "_encoder"] = theirs[term + "_aux_2"]
+        expected[name + "_denoising"] = theirs[term + "_dn_2"]
+        expected[name + "_denoising_aux"] = theirs[term + "_dn_0"] + theirs[term + "_dn_1"]
+    assert len(theirs) == 3 * (1 + 3 + 3) and ours.keys() == expected.keys()
+    for name, value in expected.items():  # transformers takes overlaps in float32
+        torch.testing.assert_close(ours[name], value.double(), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("counts", [(3, 0, 2), (1, 1, 4)])
+def test_all_terms_equal_transformers_lw_detr(counts):
+    torch.manual_seed(0)
+    targets = make_targets(*counts)
+    queries, encoder = make_queries(3, 3, 2 * 8), make_queries(1, 3, 2 * 8)
+    queries.groups = encoder.groups = 2
+    ours = SetCriterion(IoUAwareLoss(), class_cost=2, class_weight=1)(
+        {"": queries, "_encoder": encoder}, targets, CANVAS
+    )
+    config = LwDetrConfig(num_labels=CLASSES, group_detr=2, decoder_layers=3)
+    assert (config.class_cost, config.bbox_cost, config.giou_cost) == (2, 5, 2)
+    _, theirs, _ = LwDetrForObjectDetectionLoss(
+        queries.logits[-1], as_labels(targets), "cpu", queries.boxes[-1], config,
+        queries.logits, queries.boxes, encoder.logits[0], encoder.boxes[0],
+    )  # fmt: skip
+    for name, term, weight in (("class", "ce", 1), ("box", "bbox", 5), ("giou", "giou", 2)):
+        expected = {
+            name: theirs[f"loss_{term}"],
+            name + "_aux": theirs[f"loss_{term}_0"] + theirs[f"loss_{term}_1"],
+            name + "_encoder": theirs[f"loss_{term}_enc"],
+        }
+        for key, value in expected.items():
+            torch.testing.assert_close(ours[key], weight * value.double(), atol=1e-6, rtol=1e-6)
 
 
 class WaitsForDevice(TorchDispatchMode):

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from vitdense.metrics import coco
-from vitdense.metrics.coco import CocoMetric
+from vitdense.metrics.average_precision import RECALLS, Curves
+from vitdense.metrics.coco import CocoMetric, best_thresholds
 from vitdense.ops.masks import decode_segmentation, mask_to_rle
 from vitdense.structures import Batch, Frame, Prediction, Target
 
@@ -95,7 +95,9 @@ def names_of(truth: dict) -> list[str]:
 
 
 def assert_equal(ours: dict[str, float], theirs: dict[str, float]) -> None:
-    assert ours.keys() == theirs.keys()
+    more = ("F1/", "threshold/")  # what pycocotools has not
+    plain = {name for name in ours if not name.startswith(more)}
+    assert plain == {name for name in theirs if not name.startswith(more)}
     for name, value in theirs.items():
         assert ours[name] == pytest.approx(value, abs=1e-12, nan_ok=True), name
 
@@ -196,26 +198,6 @@ def test_an_image_counts_once() -> None:
     assert_equal(twice.compute(), once.compute())
 
 
-def test_shares_of_processes_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two processes, with one image in both: the numbers of one that has seen all."""
-    rng = np.random.default_rng(5)
-    truth = random_truth(rng)
-    results = perturb(truth, rng)
-    images = truth["images"]
-    whole = fill(CocoMetric(names_of(truth)), truth, results, images)
-    first = fill(CocoMetric(names_of(truth)), truth, results, images[::2])
-    second = fill(CocoMetric(names_of(truth)), truth, results, images[1::2] + images[:1])
-    expected = whole.compute()
-
-    def all_gather_object(shares: list, pairs: dict) -> None:
-        shares[:] = [second.pairs, pairs]
-
-    monkeypatch.setattr(coco.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(coco.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(coco.dist, "all_gather_object", all_gather_object)
-    assert_equal(first.compute(), expected)
-
-
 def test_nothing_found_and_nothing_there() -> None:
     truth = random_truth(np.random.default_rng(2))
     numbers = fill(CocoMetric(names_of(truth)), truth, [], truth["images"]).compute()
@@ -254,3 +236,72 @@ def test_size_defaults_to_the_box() -> None:
     )
     numbers = metric.compute()
     assert numbers["APm"] == pytest.approx(1) and math.isnan(numbers["APs"])
+
+
+def test_best_f1_and_its_threshold() -> None:
+    """Found at 0.9 and 0.5, a false one at 0.7: taking all is best, F1 = 2 * 2 / (2 + 3)."""
+    boxes = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10]])
+    labels = torch.zeros(3, dtype=torch.long)
+    target = Target(labels=labels[:2], boxes=boxes[[0, 1]])
+    prediction = Prediction(torch.tensor([0.9, 0.7, 0.5]), labels, boxes[[0, 2, 1]])
+    frame = Frame((64, 64), (64, 64), (64, 64))
+    metric = CocoMetric(["a", "absent"])
+    batch = Batch(torch.zeros(1, 3, 1, 1), [target], [frame], [1], [Path("1.jpg")])
+    metric.update([prediction], batch)
+    numbers = metric.compute()
+    assert numbers["F1/a"] == pytest.approx(0.8)
+    assert numbers["threshold/a"] == 0.5
+    assert not {"F1/absent", "threshold/absent"} & set(numbers)
+
+
+def test_thresholds_of_curves_equal_a_loop() -> None:
+    generator = torch.Generator().manual_seed(0)
+    precision = torch.rand(10, 101, 3, 4, 3, generator=generator, dtype=torch.float64)
+    precision[:, :, 1] = -1
+    scores = torch.rand(precision.shape, generator=generator, dtype=torch.float64)
+    f1, threshold = best_thresholds(Curves(precision, precision[:, 0], scores))
+    for label in (0, 2):
+        values = [
+            2 * p * r / (p + r)
+            for p, r in zip(precision[0, :, label, 0, 2].tolist(), RECALLS, strict=True)
+        ]
+        assert f1[label] == pytest.approx(max(values))
+        assert threshold[label] == scores[0, values.index(max(values)), label, 0, 2]
+    assert math.isnan(f1[1]) and math.isnan(threshold[1])
+
+
+def test_one_class_for_all_has_no_numbers_by_class() -> None:
+    rng = np.random.default_rng(6)
+    truth = random_truth(rng)
+    results = perturb(truth, rng)
+    merged = {**truth, "categories": truth["categories"][:1]}
+    merged["annotations"] = [{**entry, "category_id": 1} for entry in truth["annotations"]]
+    one = fill(CocoMetric(["all"]), merged, [{**r, "category_id": 1} for r in results],
+               truth["images"])  # fmt: skip
+    agnostic = fill(
+        CocoMetric(names_of(truth), class_agnostic=True), truth, results, truth["images"]
+    ).compute()
+    assert not any("/" in name for name in agnostic)
+    # Equal scores come by class there, and in the order of the file here.
+    assert agnostic["AR100"] == pytest.approx(one.compute()["AR100"], abs=0.02)
+
+
+def test_half_precision_and_the_backends_agree() -> None:
+    rng = np.random.default_rng(7)
+    truth = random_truth(rng, images=4)
+    results = perturb(truth, rng)
+    metrics = [CocoMetric(names_of(truth), backend=b) for b in ("device", "pycocotools")]
+    for image in truth["images"]:
+        prediction = prediction_of(truth, results, image, masks=False)
+        prediction.boxes, prediction.scores = prediction.boxes.half(), prediction.scores.bfloat16()
+        for metric in metrics:
+            metric.update([prediction], batch_of(truth, image, masks=False))
+    first, second = (metric.compute() for metric in metrics)
+    assert first == pytest.approx(second, abs=1e-12, nan_ok=True)
+
+
+def test_a_program_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="^backend: hotcoco is not installed; `pip install"):
+        CocoMetric(["a"], backend="hotcoco")
+    assert CocoMetric(["a"], backend="auto").backend == "device"

@@ -46,18 +46,26 @@ def reference(
     answer = np.concatenate([a.reshape(-1) for a in answers])
     truth = np.concatenate([t.reshape(-1) for t in truths])
     answer, truth = answer[truth != IGNORE], truth[truth != IGNORE]
-    iou, acc = {}, {}
+    iou, acc, dice, weighted = {}, {}, {}, 0.0
     for index, name in enumerate(names_of(classes)):
         a, t = answer == index, truth == index
-        for values, whole in ((iou, (a | t).sum()), (acc, t.sum())):
+        for values, whole in (
+            (iou, (a | t).sum()),
+            (acc, t.sum()),
+            (dice, (a.sum() + t.sum()) / 2),
+        ):
             if whole or absent == "zero":
-                values[name] = float((a & t).sum() / max(whole, 1))
+                values[name] = float((a & t).sum() / (whole or 1))
+        weighted += t.mean() * iou.get(name, 0.0)
     return {
         "aAcc": float((answer == truth).mean()),
         "mIoU": float(np.mean(list(iou.values()))),
         "mAcc": float(np.mean(list(acc.values()))),
+        "fwIoU": float(weighted),
+        "mDice": float(np.mean(list(dice.values()))),
         **{f"IoU/{name}": value for name, value in iou.items()},
         **{f"Acc/{name}": value for name, value in acc.items()},
+        **{f"Dice/{name}": value for name, value in dice.items()},
     }
 
 
@@ -117,7 +125,7 @@ def test_perfect_answer_with_15_of_150_classes(absent: str, expected: float) -> 
     assert numbers["mIoU"] == pytest.approx(expected)
     assert numbers["mAcc"] == pytest.approx(expected)
     assert numbers["aAcc"] == 1.0
-    assert len(numbers) == 3 + 2 * (15 if absent == "skip" else 150)
+    assert len(numbers) == 5 + 3 * (15 if absent == "skip" else 150)
 
 
 def test_counts_beyond_float32_stay_exact() -> None:
@@ -141,12 +149,13 @@ def test_ignored_pixels_count_for_nothing() -> None:
 
 def test_nothing_counted_is_zero_and_reset_forgets() -> None:
     metric = MeanIoU(names_of(3))
-    assert metric.compute() == {"aAcc": 0.0, "mIoU": 0.0, "mAcc": 0.0}
+    zeros = dict.fromkeys(("aAcc", "mIoU", "mAcc", "fwIoU", "mDice"), 0.0)
+    assert metric.compute() == zeros
     truth = torch.zeros(4, 4, dtype=torch.int64)
     count(metric, [truth], [truth])
     metric.reset()
     count(metric, [truth + 1], [torch.full_like(truth, IGNORE)])
-    assert metric.compute() == {"aAcc": 0.0, "mIoU": 0.0, "mAcc": 0.0}
+    assert metric.compute() == zeros
 
 
 @pytest.mark.parametrize("label", [3, 254, -1])

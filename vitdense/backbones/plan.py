@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -49,9 +50,14 @@ def _fitting(
     pad_before_roll: bool,
 ) -> dict[str, Any]:
     """The arguments that this family has for any size of image, its patches, and its dropping."""
+    from timm.models.vision_transformer_sam import VisionTransformerSAM
+
     from vitdense.backbones.swin import has_windows
 
     arguments: dict[str, Any] = {}
+    if isinstance(probe, VisionTransformerSAM):
+        # as SAM and ViTDet were trained; timm builds their norms with 1e-5
+        arguments["norm_layer"] = partial(nn.LayerNorm, eps=1e-6)
     if "strict_img_size" in known:
         arguments["strict_img_size"] = False
     elif "dynamic_img_size" in known:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from fnmatch import fnmatch
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch.nn.functional as F
 from pydantic import NonNegativeInt, PositiveInt
@@ -48,8 +48,12 @@ class TimmBackbone(Backbone):
         out_indices: list[int] | None = None,  # maps to give: 4 blocks of a ViT, else stride >= 4
         drop_path: Fraction = 0.0,  # stochastic depth of the last block; it grows linearly
         frozen: bool | NonNegativeInt = False,  # true: all; n: the stem and the first n blocks
+        frozen_norms: bool = False,  # batch norms keep their statistics and weights, as in DETR
         checkpointing: bool = False,  # recompute activations in backward: less memory, more time
-        norm: bool | None = None,  # final norm on the last map; by default on for plain ViTs
+        windows: PositiveInt | None = None,  # cut the map into so many windows along each side
+        window_size: PositiveInt | None = None,  # or into equal windows of at most so many patches
+        global_blocks: list[int] | None = None,  # see all windows; by default 2, 5, 8, 11 of 12
+        norm: bool | Literal["all"] | None = None,  # final norm: last map or all; plain ViTs: true
         level_norm: bool = False,  # a new LayerNorm on each map, as UPerNet on Swin has it
         pad_before_roll: bool = True,  # Swin's windows as in the original code, not as in timm's
         mean: list[float] | None = None,  # of pixels in 0..1; by default what the weights expect
@@ -58,6 +62,7 @@ class TimmBackbone(Backbone):
     ) -> None:
         super().__init__()
         from vitdense.backbones import creation, plan
+        from vitdense.backbones.windows import prepare
 
         size = (img_size, img_size) if isinstance(img_size, int) else img_size
         arguments, survey = plan.make_plan(
@@ -67,6 +72,10 @@ class TimmBackbone(Backbone):
         self.indices = choose_indices(survey, out_indices)
         self.levels = [survey.levels[index] for index in self.indices]
         self.model = creation.create(model, arguments, pretrained=pretrained, weights=weights)
+        self.layout = creation.best_layout(self.model)
+        self.model.to(memory_format=self.layout)
+        if frozen_norms:
+            self.model = creation.freeze_norms(self.model, model)
         if pad_before_roll:
             from vitdense.backbones import swin
 
@@ -74,6 +83,7 @@ class TimmBackbone(Backbone):
         self.mean, self.std = _pixel_statistics(self.model, mean, std, in_chans)
         self.normed = self._prune(norm, default=survey.is_plain and not level_norm)
         self.level_norms = _level_norms(self.levels) if level_norm else None
+        self.windows = prepare(self.model, survey, windows, window_size, global_blocks)
         if checkpointing:
             self._checkpoint()
         self._frozen = [] if frozen is False else self._freeze(frozen)
@@ -86,12 +96,10 @@ class TimmBackbone(Backbone):
         """
         height, width = images.shape[-2:]
         canvas = self.canvas.fit((height, width))
+        if self.windows is not None:
+            canvas = self.windows.fit(canvas)
         padded = F.pad(images, (0, canvas[1] - width, 0, canvas[0] - height))
-        maps = self.model.forward_intermediates(
-            padded, indices=self.indices, intermediates_only=True
-        )
-        if self.normed:
-            maps[-1] = _normed(self.model.norm, maps[-1])
+        maps = self._maps(padded.contiguous(memory_format=self.layout))
         maps = [
             feature[..., : math.ceil(height / level.stride), : math.ceil(width / level.stride)]
             for feature, level in zip(maps, self.levels, strict=True)
@@ -131,18 +139,33 @@ class TimmBackbone(Backbone):
             if POSITIONS.search(name) or any(fnmatch(name, pattern) for pattern in exempt)
         }
 
-    def _prune(self, norm: bool | None, default: bool) -> bool:
-        """Drop blocks, head and norm that no map needs; return whether the last map is normed."""
+    def _maps(self, padded: Tensor) -> list[Tensor]:
+        """timm's maps of images that fit, with the final norm where it belongs."""
+        if self.windows is None:
+            maps = self.model.forward_intermediates(
+                padded, indices=self.indices, intermediates_only=True
+            )
+        else:
+            maps = self.windows.forward_intermediates(self.model, padded, self.indices)
+        for index in range(len(maps) - self.normed, len(maps)):
+            maps[index] = _normed(self.model.norm, maps[index])
+        return maps
+
+    def _prune(self, norm: bool | Literal["all"] | None, default: bool) -> int:
+        """Drop blocks, head and norm that no map needs; return how many last maps are normed."""
         final = getattr(self.model, "norm", None)
         weight = getattr(final, "weight", None)
-        usable = isinstance(weight, Tensor) and weight.numel() == self.levels[-1].channels
+        normed = self.levels if norm == "all" else self.levels[-1:]
+        width = len(weight) if isinstance(weight, Tensor) else 0
+        usable = all(level.channels == width for level in normed)
         if norm and not usable:
-            raise ValueError(f"norm: {self.name} has no final norm for its last map")
-        normed = usable and (default if norm is None else norm)
-        self.model.prune_intermediate_layers(self.indices, prune_norm=not normed, prune_head=True)
-        if normed and not isinstance(getattr(self.model.norm, "weight", None), Tensor):
+            which = "all its maps" if norm == "all" else "its last map"
+            raise ValueError(f"norm: {self.name} has no final norm for {which}")
+        count = len(normed) if usable and (default if norm is None else norm) else 0
+        self.model.prune_intermediate_layers(self.indices, prune_norm=not count, prune_head=True)
+        if count and not isinstance(getattr(self.model.norm, "weight", None), Tensor):
             self.model.norm = final  # pruned with the blocks behind the last map
-        return normed
+        return count
 
     def _checkpoint(self) -> None:
         try:

@@ -65,6 +65,13 @@ class Train(Section):
     minutes: PositiveFloat | None = Field(
         default=None, description="length in minutes of training; the schedule stretches to it"
     )
+    init: Folder | None = Field(
+        default=None,
+        description="model.safetensors to start from; its classes are matched by name",
+    )
+    new_head: bool = Field(
+        default=False, description="start the head anew where it is another than that of init"
+    )
     batch_size: PositiveInt = Field(default=16, description="images per step and device")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         default="auto",
@@ -90,6 +97,12 @@ class Train(Section):
     )
 
     @model_validator(mode="after")
+    def _head_of_what(self) -> Train:
+        if self.new_head and self.init is None:
+            raise ValueError("new_head: without train.init all is new; remove it")
+        return self
+
+    @model_validator(mode="after")
     def _one_length(self) -> Train:
         given = [key for key in ("steps", "epochs", "minutes") if getattr(self, key) is not None]
         if len(given) != 1:
@@ -99,7 +112,7 @@ class Train(Section):
 
 
 class Optimizer(Section):
-    """AdamW; norms, biases and position embeddings do not decay."""
+    """AdamW; norms, biases and embeddings do not decay."""
 
     lr: PositiveFloat = Field(default=2e-4, description="highest learning rate")
     weight_decay: NonNegativeFloat = Field(default=0.05, description="decoupled weight decay")
@@ -114,11 +127,17 @@ class Optimizer(Section):
         default=1.0,
         description="each layer of the backbone learns at this times the rate of the next",
     )
+    scales: dict[Str, NonNegativeFloat] = Field(
+        default={},
+        description="learning rates relative to lr by parts of parameters' names, "
+        "as {offsets: 0.1}",
+    )
 
 
 OF_SCHEDULES = {
     "constant": (),
     "cosine": ("final",),
+    "flat_cosine": ("flat", "tail", "final"),
     "poly": ("final", "power"),
     "multistep": ("milestones", "gamma"),
 }
@@ -128,16 +147,18 @@ OF_SCHEDULES = {
 class Schedule(Section):
     """The learning rate over the run: a linear warm-up, then a curve."""
 
-    name: Literal["cosine", "poly", "multistep", "constant"] = Field(
+    name: Literal["cosine", "flat_cosine", "poly", "multistep", "constant"] = Field(
         default="cosine", description="the curve"
     )
     warmup: Span = Field(
         default=0.05,
-        description="span of the linear rise; it is cut short where it would fill the run",
+        description="span of the linear rise; in steps at most 5 %, else half of the run",
     )
     final: Fraction = Field(
-        default=0.0, description="cosine, poly: rate at the end, relative to lr"
+        default=0.0, description="cosine, flat_cosine, poly: rate at the end, relative to lr"
     )
+    flat: Span = Field(default=0.5, description="flat_cosine: span before the fall")
+    tail: Span = Field(default=0.05, description="flat_cosine: last span, at the final rate")
     power: PositiveFloat = Field(default=0.9, description="poly: exponent of the fall")
     milestones: tuple[Span, ...] = Field(
         default=(0.6, 0.9),
@@ -147,9 +168,12 @@ class Schedule(Section):
 
     @model_validator(mode="after")
     def _only_its_own(self) -> Schedule:
-        for key in ("final", "power", "milestones", "gamma"):
+        for key in ("final", "flat", "tail", "power", "milestones", "gamma"):
             if key in self.model_fields_set and key not in OF_SCHEDULES[self.name]:
                 raise ValueError(f"{key}: schedule {self.name!r} has no option {key!r}; remove it")
+        parts = [span for span in (self.flat, self.tail) if isinstance(span, float)]
+        if self.name == "flat_cosine" and sum(parts) > 1:
+            raise ValueError("flat: with tail it is longer than the run; lower one of them")
         return self
 
 

@@ -92,6 +92,7 @@ _NAMES: dict[str, Any] = {
     "PositiveFloat": PositiveFloat,
     "NonNegativeFloat": NonNegativeFloat,
     "Fraction": Fraction,
+    "Span": Span,
     "Builder": _Builder(),
     "Backbone": "backbone",
     "Neck": "neck",
@@ -112,7 +113,7 @@ def evaluate(annotation: str) -> Any:
         raise ValueError(
             f"{annotation!r} is no plain type: options are int, float, str, bool, None, list, "
             "tuple, dict, Literal, PositiveInt, NonNegativeInt, PositiveFloat, NonNegativeFloat, "
-            "Fraction or Builder"
+            "Fraction, Span or Builder"
         ) from None
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
+from vitdense.registry import Span
 from vitdense.structures import Sample, Size
 
 
@@ -41,13 +44,32 @@ class Policy:
 
     Attributes:
         canvas: the size that every evaluation image comes out at, or None if sizes vary.
+        close: the last span of a run, in which training samples are hardly changed.
     """
 
     canvas: Size | None = None
+    close: Span = 0.0
 
     def train(self, sample: Sample) -> Sample:
         """Augment image and truth together."""
         raise NotImplementedError
+
+    def compose(self, sample: Sample, draw: Callable[[], Sample]) -> Sample:
+        """What the training loader calls: `train`, perhaps with other images mixed in.
+
+        Args:
+            draw: reads another image of the data set, drawn at random, as it is.
+        """
+        return self.train(sample)
+
+    def for_batch(self, divisor: int, closing: bool) -> Self:
+        """The policy for the images of one batch, with what they share drawn: their canvas.
+
+        Args:
+            divisor: of the sides of a canvas.
+            closing: the run is in its last span, `close`.
+        """
+        return self
 
     def evaluate(self, sample: Sample) -> Sample:
         """Resize the image alone: truth stays in original pixels."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -29,25 +30,27 @@ def training_loader(
     workers: Workers = "auto",
     seed: int = 0,
     start_step: int = 0,
+    closing: Callable[[int], bool] | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
     """Batches without end, from step `start_step` on.
 
     The images form one endless stream of shuffled passes, cut into batches: no image is dropped,
-    a batch may span two passes, and a set smaller than a batch works. Order and augmentation
-    depend on (seed, pass, image) alone, so any step is the same for any number of workers and
-    after any interruption.
+    a batch may span two passes, and a set smaller than a batch works. The order depends on (seed,
+    pass), a sample's augmentation on (seed, pass, image), and what a batch shares on (seed, step),
+    so any step is the same for any number of workers and after any interruption.
 
     Args:
         batch_size: images per step and process.
         divisor: canvas sizes are multiples of it.
+        closing: whether a step is in the policy's last span; by default none is.
 
     Raises:
         DataError: a file is missing or wrong, from whatever process found it.
     """
-    steps = _Steps(len(dataset), batch_size, seed, start_step, rank, world_size)
-    read = _Reader(dataset, policy.train, seed)
+    steps = _Steps(len(dataset), batch_size, seed, start_step, closing, rank, world_size)
+    read = _TrainingReader(dataset, policy, seed, divisor)
     join = partial(_join, divisor=divisor, canvas=None, training=True)
     return _batches(_loader(read, steps, join, _count(workers)))
 
@@ -70,9 +73,9 @@ def evaluation_loader(
     Raises:
         DataError: a file is missing or wrong, from whatever process found it.
     """
-    mine = [(0, index) for index in range(rank, len(dataset), world_size)]
+    mine = list(range(rank, len(dataset), world_size))
     steps = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    read = _Reader(dataset, policy.evaluate, seed=0)
+    read = _EvaluationReader(dataset, policy)
     join = partial(_join, divisor=divisor, canvas=policy.canvas, training=False)
     count = min(_count(workers), len(steps))
     return EvaluationLoader(_loader(read, steps, join, count, keep=True), len(mine))
@@ -93,16 +96,33 @@ class EvaluationLoader:
         return _batches(self.loader)
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What the worker that makes a batch must know: its number, and (pass, image) pairs."""
+
+    number: int
+    closing: bool
+    pairs: list[tuple[int, int]]
+
+
 class _Steps:
-    """For each step the (pass, image) pairs of this process, without end."""
+    """The steps of this process, without end."""
 
     def __init__(
-        self, images: int, batch_size: int, seed: int, start: int, rank: int, world_size: int
+        self,
+        images: int,
+        batch_size: int,
+        seed: int,
+        start: int,
+        closing: Callable[[int], bool] | None,
+        rank: int,
+        world_size: int,
     ) -> None:
         self.images, self.batch_size, self.seed = images, batch_size, seed
         self.start, self.rank, self.world_size = start, rank, world_size
+        self.closing = closing
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[_Step]:
         epoch, order = -1, np.empty(0, dtype=np.int64)
         step = self.start
         while True:
@@ -114,32 +134,66 @@ class _Steps:
                     epoch = wanted
                     order = np.random.default_rng((self.seed, epoch)).permutation(self.images)
                 pairs.append((epoch, int(order[place])))
-            yield pairs
+            yield _Step(step, self.closing is not None and self.closing(step), pairs)
             step += 1
 
 
 @dataclass
-class _Reader:
-    """Reads and prepares one sample under its own random state; faults are values."""
+class _TrainingReader:
+    """Reads and prepares the samples of a step, each under its own random state."""
 
     dataset: Dataset
-    prepare: Callable[[Sample], Sample]
+    policy: Policy
     seed: int
+    divisor: int
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample | DataError:
-        epoch, index = key
-        words = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)
-        with torch.random.fork_rng(devices=[]):
-            # Only the CPU's generator: torch.manual_seed would reset the accelerator's too.
-            torch.default_generator.manual_seed(int(words[0]))
-            try:
-                return self.prepare(self.dataset[index])
-            except DataError as error:
-                return error
+    def __getitems__(self, step: _Step) -> list[Sample | DataError]:
+        with _seeded(np.random.SeedSequence(self.seed, spawn_key=(step.number,))):
+            policy = self.policy.for_batch(self.divisor, step.closing)
+        return [self._read(policy, epoch, index) for epoch, index in step.pairs]
+
+    def _read(self, policy: Policy, epoch: int, index: int) -> Sample | DataError:
+        with _seeded(np.random.SeedSequence((self.seed, epoch, index))):
+            return _or_fault(lambda: policy.compose(self.dataset[index], self._draw))
+
+    def _draw(self) -> Sample:
+        return self.dataset[int(torch.randint(len(self.dataset), ()))]
+
+
+@dataclass
+class _EvaluationReader:
+    """Reads and prepares the samples of a batch."""
+
+    dataset: Dataset
+    policy: Policy
+
+    def __getitems__(self, indices: list[int]) -> list[Sample | DataError]:
+        return [self._read(index) for index in indices]
+
+    def _read(self, index: int) -> Sample | DataError:
+        with _seeded(np.random.SeedSequence((0, index))):
+            return _or_fault(lambda: self.policy.evaluate(self.dataset[index]))
+
+
+@contextmanager
+def _seeded(sequence: np.random.SeedSequence) -> Iterator[None]:
+    """Random numbers from here, and afterwards as if there had been none."""
+    with torch.random.fork_rng(devices=[]):
+        # Only the CPU's generator: torch.manual_seed would reset the accelerator's too.
+        torch.default_generator.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+        yield
+
+
+def _or_fault(read: Callable[[], Sample]) -> Sample | DataError:
+    """Faults as values: an exception raised in a worker would come with its trace."""
+    try:
+        return read()
+    except DataError as error:
+        return error
 
 
 def _join(samples: list[Sample | DataError], **options: Any) -> list[Any] | DataError:
-    """Batches, or the first fault: an exception raised in a worker would come with its trace."""
+    """Batches, or the first fault."""
     for sample in samples:
         if isinstance(sample, DataError):
             return sample
@@ -155,9 +209,9 @@ def _batches(loader: DataLoader) -> Iterator[Batch]:
             yield batch if isinstance(batch, Batch) else batch.unpack()
 
 
-def _loader(read: _Reader, steps: Any, join: Any, workers: int, keep: bool = False) -> DataLoader:
+def _loader(read: Any, steps: Any, join: Any, workers: int, keep: bool = False) -> DataLoader:
     return DataLoader(
-        read,  # type: ignore[arg-type]
+        read,
         batch_sampler=steps,
         collate_fn=join,
         num_workers=workers,

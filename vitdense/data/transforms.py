@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
@@ -13,11 +15,12 @@ from vitdense.data.base import Policy
 from vitdense.data.color import distort
 from vitdense.data.crop import Window, is_varied, window_around_objects, window_to_canvas
 from vitdense.data.geometry import Movement, resize
-from vitdense.registry import TRANSFORMS, Fraction
+from vitdense.data.mixing import Quadrant, anchor, blend, draw_quadrants, join, paste
+from vitdense.registry import TRANSFORMS, Fraction, Span
 from vitdense.structures import Sample, Size
 
-SMALLEST = 2.0
-"""Zooming out makes an image at most this many times smaller."""
+CANVASES = 20
+"""Canvases of several scales differ by this part of the size: 32 pixels at 640."""
 
 
 @TRANSFORMS.register("detection")
@@ -31,17 +34,33 @@ class DetectionPolicy(Policy):
         resize: Literal["stretch", "keep_ratio"] = "stretch",  # keep_ratio pads right or below
         flip: Fraction = 0.5,  # chance to mirror left and right
         photometric: Fraction = 0.5,  # chance of each change of brightness, contrast and color
-        zoom_out: Fraction = 0.25,  # chance to lay the image, up to twice smaller, on black
+        zoom_out: Fraction = 0.25,  # chance to lay the image, made smaller, on black
+        shrink: PositiveFloat = 2.0,  # zoom_out makes images at most this many times smaller
         iou_crop: Fraction = 0.8,  # chance to crop around objects, as SSD does
         jitter: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0),  # range of a factor on the scale
+        mosaic: Fraction = 0.0,  # chance to join parts of four images, instead of crop and zoom
+        mosaic_scale: tuple[PositiveFloat, PositiveFloat] = (0.4, 0.8),  # factor on its images
+        mixup: Fraction = 0.0,  # chance to blend with another image
+        copy_paste: Fraction = 0.0,  # chance to paste objects of another image; needs masks
+        multi_scale: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0),  # factor on a batch's canvas
+        close: Span = 0.0,  # last span of the run: of all that changes images only flip is left
     ) -> None:
         self.canvas = _size(size)
         self.keep_ratio = resize == "keep_ratio"
         self.flip = flip
         self.photometric = photometric
         self.zoom_out = zoom_out
+        if shrink < 1:
+            raise ValueError(f"shrink: must be at least 1, got {shrink}")
+        self.shrink = shrink
         self.iou_crop = iou_crop
         self.jitter = _range("jitter", jitter)
+        self.mosaic = mosaic
+        self.mosaic_scale = _range("mosaic_scale", mosaic_scale)
+        self.mixup = mixup
+        self.copy_paste = copy_paste
+        self.multi_scale = _range("multi_scale", multi_scale)
+        self.close = close
 
     def train(self, sample: Sample) -> Sample:
         return self._move(sample)(sample, partial(distort, chance=self.photometric))
@@ -49,12 +68,56 @@ class DetectionPolicy(Policy):
     def evaluate(self, sample: Sample) -> Sample:
         return replace(sample, image=resize(sample.image, self._fit(_image_size(sample))))
 
+    def compose(self, sample: Sample, draw: Callable[[], Sample]) -> Sample:
+        if self.mosaic and _chance(self.mosaic):
+            composed = self._join([sample, draw(), draw(), draw()])
+        else:
+            composed = self.train(sample)
+        if self.copy_paste and _chance(self.copy_paste):
+            composed = paste(composed, self.train(draw()))
+        if self.mixup and _chance(self.mixup):
+            composed = blend(composed, self.train(draw()))
+        return composed
+
+    def for_batch(self, divisor: int, closing: bool) -> Self:
+        policy = copy.copy(self)
+        if closing:
+            policy.photometric = policy.zoom_out = policy.iou_crop = 0.0
+            policy.mosaic = policy.mixup = policy.copy_paste = 0.0
+            policy.jitter = (1.0, 1.0)
+        elif self.multi_scale != (1.0, 1.0):
+            policy.canvas = self._draw_canvas(divisor)
+        return policy
+
     def _fit(self, image: Size) -> Size:
         """The size on the canvas, before any augmentation."""
         assert self.canvas is not None
         if not self.keep_ratio:
             return self.canvas
         return _scaled(image, min(c / i for c, i in zip(self.canvas, image, strict=True)))
+
+    def _draw_canvas(self, divisor: int) -> Size:
+        """One of a few sizes: as RT-DETR's 480, 512, ... 800 around 640."""
+        assert self.canvas is not None
+        low, high = (round(factor * CANVASES) for factor in self.multi_scale)
+        factor = int(torch.randint(low, high + 1, ())) / CANVASES
+        height, width = (max(1, round(c * factor / divisor)) * divisor for c in self.canvas)
+        return height, width
+
+    def _join(self, samples: list[Sample]) -> Sample:
+        assert self.canvas is not None
+        places = draw_quadrants(self.canvas)
+        color = partial(distort, chance=self.photometric)
+        pairs = zip(samples, places, strict=True)
+        return join([self._tile(sample, place)(sample, color) for sample, place in pairs])
+
+    def _tile(self, sample: Sample, place: Quadrant) -> Movement:
+        assert self.canvas is not None
+        image = _image_size(sample)
+        content = _scaled(self._fit(image), _uniform(*self.mosaic_scale))
+        window, content = window_to_canvas(((0, 0), image), content, place[1])
+        at, mirror = anchor(place, content), _chance(self.flip)
+        return Movement(*window, content, self.canvas, at, mirror)
 
     def _move(self, sample: Sample) -> Movement:
         assert self.canvas is not None
@@ -64,7 +127,7 @@ class DetectionPolicy(Policy):
             window = window_around_objects(boxes, image)
         scale, place_anywhere = _uniform(*self.jitter), _chance(self.zoom_out)
         if place_anywhere:
-            scale /= _uniform(1, SMALLEST)
+            scale /= _uniform(1, self.shrink)
         content = _scaled(self._fit(window[1]), scale)
         window, content = window_to_canvas(window, content, self.canvas)
         at = _corner(content, self.canvas) if place_anywhere else (0, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from vitdense.config import Config
@@ -11,8 +11,10 @@ from vitdense.config.schema import Train
 from vitdense.data import loader
 from vitdense.data.base import DataError, Dataset, Policy
 from vitdense.data.loader import EvaluationLoader
+from vitdense.engine.checkpoint import changed, without_weights
 from vitdense.engine.runtime import Runtime, seed_step
 from vitdense.engine.schedule import Length
+from vitdense.engine.transfer import Transfer, transfer
 from vitdense.metrics.base import Metric
 from vitdense.models.base import Model
 from vitdense.registry import METRICS
@@ -22,6 +24,7 @@ METRIC_OF: dict[Task, tuple[str, dict[str, str]]] = {
     "detection": ("coco", {}),
     "instance": ("coco", {"iou_type": "segm"}),
     "semantic": ("miou", {}),
+    "panoptic": ("panoptic", {}),
 }
 """Which metric, with which options, judges a task unless the config names one."""
 
@@ -62,11 +65,30 @@ def build_data(config: Config) -> Data:
 
 
 def build_model(config: Config, data: Data) -> Model:
-    """The model for the data's classes, drawn from the config's seed; sets the data's channels."""
+    """The model for the data's classes, drawn from the config's seed; sets the data's channels.
+
+    A backbone fetches no weights where `train.init` will give them all.
+    """
     seed_step(config.seed, 0)
-    model = config.model(len(data.train.classes))
+    part = config.model if config.train.init is None else without_weights(config.model)
+    model = part(len(data.train.classes))
     data.train.channels = data.val.channels = model.in_chans
     return model
+
+
+def start(config: Config, data: Data, model: Model) -> Transfer | None:
+    """Give the model the weights of `train.init`, if there are any to start from.
+
+    Raises:
+        CheckpointError: the file is absent, or does not match in more than the classes.
+    """
+    settings = config.train
+    if settings.init is None:
+        return None
+    # weights of a loss are one per class, and no part of the state
+    build = changed(without_weights(config.model), "head", {"class_weights": None})
+    classes = list(data.train.classes)
+    return transfer(settings.init, model, build, classes, settings.new_head)
 
 
 def build_metric(config: Config, task: Task, classes: list[str]) -> Metric:
@@ -84,9 +106,24 @@ def build_metric(config: Config, task: Task, classes: list[str]) -> Metric:
 
 
 def training_loader(
-    config: Config, data: Data, model: Model, runtime: Runtime, start: int = 0
+    config: Config,
+    data: Data,
+    model: Model,
+    runtime: Runtime,
+    start: int = 0,
+    elapsed: Callable[[], float] = lambda: 0.0,
 ) -> Iterator[Batch]:
-    """Batches without end, from batch number `start` on."""
+    """Batches without end, from batch number `start` on.
+
+    Args:
+        elapsed: seconds of training so far, for the policy's last span of a run in minutes.
+    """
+    length = build_length(config.train, len(data.train), runtime.world_size)
+
+    def closing(batch: int) -> bool:
+        progress = length.progress(batch // config.train.accumulate, elapsed())
+        return progress.closes(data.policy.close)
+
     return loader.training_loader(
         data.train,
         data.policy,
@@ -95,6 +132,7 @@ def training_loader(
         workers=config.data.workers,
         seed=config.seed,
         start_step=start,
+        closing=closing,
         rank=runtime.rank,
         world_size=runtime.world_size,
     )

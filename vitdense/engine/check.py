@@ -38,9 +38,14 @@ def check(config: Config) -> str:
     config = shrink(config)
     where = runtime.start(config.device)
     data = build.build_data(config)
-    model = build.build_model(config, data).to(where.device)
+    model = build.build_model(config, data)
+    started = build.start(config, data, model)
+    model.to(where.device)
     metric = build.build_metric(config, model.task, data.train.classes)
     rows = [*describe_data(config, data), *describe_model(model)]
+    rows += [
+        ("start" if i == 0 else "", row) for i, row in enumerate(str(started or "").splitlines())
+    ]
     rows += list(try_training(config, data, model, where))
     rows += list(try_prediction(config, data, model, where))
     rows.append(("metric", f"{type(metric).__name__}, the best model by {metric.headline}"))

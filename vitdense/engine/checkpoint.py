@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -127,18 +129,30 @@ def read_meta(path: Path | str) -> Meta:
 
 def load_weights(path: Path | str, model: nn.Module) -> None:
     """Fill `model` with the weights of a safetensors file; raises CheckpointError."""
+    fill(model, read_weights(path), path)
+
+
+def read_weights(path: Path | str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU; raises CheckpointError."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        weights = load_file(path)
+        return load_file(path)
     except SafetensorError as error:
         raise CheckpointError(f"{path}: is no safetensors file ({error})") from error
-    fill(model, weights, path)
 
 
-def fill(model: nn.Module, weights: dict[str, Tensor], path: Path | str) -> None:
+def fill(
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    path: Path | str,
+    remedy: str = "build the model from the config that trained them",
+) -> None:
     """Give `model` the weights that were read from `path`; every name and shape must match.
+
+    Args:
+        remedy: what to do if they do not.
 
     Raises:
         CheckpointError: they do not; names the first few.
@@ -147,8 +161,7 @@ def fill(model: nn.Module, weights: dict[str, Tensor], path: Path | str) -> None
     if faults:
         more = f", and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise CheckpointError(
-            f"{path}: its weights are not this model's: {'; '.join(faults[:5])}{more}; build the "
-            "model from the config that trained them"
+            f"{path}: its weights are not this model's: {'; '.join(faults[:5])}{more}; {remedy}"
         )
     model.load_state_dict(weights)
 
@@ -171,12 +184,34 @@ def load_model(path: Path | str) -> tuple[Model, Meta]:
 
 def without_weights(part: Part) -> Part:
     """The same part, its backbone built from random weights where it would fetch or read some."""
-    blank = {"pretrained": False, "weights": None} if part.kind == "backbone" else {}
+    return changed(part, "backbone", {"pretrained": False, "weights": None})
+
+
+def changed(part: Part, kind: str, values: dict[str, Any]) -> Part:
+    """The same part with other values of the options that it, or a part within it, has.
+
+    Args:
+        kind: of the parts whose options are changed.
+    """
+    values_here = values if part.kind == kind else {}
     options = {
-        name: without_weights(value) if isinstance(value, Part) else blank.get(name, value)
+        name: changed(value, kind, values)
+        if isinstance(value, Part)
+        else values_here.get(name, value)
         for name, value in part.options.items()
     }
     return replace(part, options=options)
+
+
+def shorten(names: Iterable[str]) -> list[str]:
+    """All names, those that differ only in numbers as one with its count: `layers.*.bias (6)`."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(names):
+        groups[re.sub(r"(?<=\.)\d+(?=\.)", "*", name)].append(name)
+    return [
+        those[0] if len(those) == 1 else f"{pattern} ({len(those)})"
+        for pattern, those in groups.items()
+    ]
 
 
 def _mismatches(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from vitdense.models.base import Model
+from vitdense.registry import suggest
 
 POSITIONS = re.compile(r"pos_embed|position|rel_pos|relative_pos|level_embed|(cls|dist|reg)_token")
 """Names of parameters that say where something is, or stand for a token: they must not decay."""
@@ -25,9 +26,10 @@ def build_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     backbone_scale: float = 1.0,
     layer_decay: float = 1.0,
+    scales: Mapping[str, float] | None = None,
 ) -> AdamW:
     """AdamW over the parameter groups of `model`, in one fused kernel where the device has it."""
-    groups = parameter_groups(model, weight_decay, backbone_scale, layer_decay)
+    groups = parameter_groups(model, weight_decay, backbone_scale, layer_decay, scales)
     for group in groups:
         group["lr"] = lr * group["lr_scale"]
     device = next(model.parameters()).device
@@ -41,32 +43,56 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
 
 
 def parameter_groups(
-    model: Model, weight_decay: float, backbone_scale: float = 1.0, layer_decay: float = 1.0
+    model: Model,
+    weight_decay: float,
+    backbone_scale: float = 1.0,
+    layer_decay: float = 1.0,
+    scales: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Trainable parameters by learning rate and weight decay, each in exactly one group.
 
-    Norms, biases, position embeddings and what `backbone.no_weight_decay()` names do not decay.
-    The backbone learns at `backbone_scale`, its parameter at depth d of D at that times
-    `layer_decay ** (D + 1 - d)` (BEiT, appendix; ELECTRA).
+    Norms, biases, embeddings (of positions, queries, tokens, classes) and what
+    `backbone.no_weight_decay()` names do not decay. The backbone learns at `backbone_scale`, its
+    parameter at depth d of D at that times `layer_decay ** (D + 1 - d)` (BEiT, appendix; ELECTRA).
+    Each of `scales` multiplies the rate of the parameters that it names by whole parts of their
+    dotted names, as `offsets` or `head.decoder`.
 
     Returns:
         groups with `params`, `lr_scale` and `weight_decay`.
 
     Raises:
-        ValueError: `layer_decay` is set for a backbone that knows no order of its layers.
+        ValueError: `layer_decay` is set for a backbone that knows no order of its layers, or one
+            of `scales` names no parameter.
     """
-    scales = dict(_backbone_scales(model, backbone_scale, layer_decay))
+    factors = dict(_backbone_scales(model, backbone_scale, layer_decay))
+    for part, scale in (scales or {}).items():
+        for name in _named(model, part):
+            factors[name] = factors.get(name, 1.0) * scale
     exempt = {f"backbone.{name}" for name in model.backbone.no_weight_decay()}
+    exempt |= {f"{n}.weight" for n, it in model.named_modules() if isinstance(it, nn.Embedding)}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = name not in exempt and _decays(name, parameter)
-            key = scales.get(name, 1.0), weight_decay if decays else 0.0
+            key = factors.get(name, 1.0), weight_decay if decays else 0.0
             groups.setdefault(key, []).append(parameter)
     return [
         {"params": parameters, "lr_scale": scale, "weight_decay": decay}
         for (scale, decay), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
+
+
+def _named(model: Model, part: str) -> list[str]:
+    """Parameters whose dotted names hold the part; raises ValueError if there is none."""
+    names = [name for name, _ in model.named_parameters()]
+    found = [name for name in names if f".{part}." in f".{name}."]
+    if not found:
+        words = {word for name in names for word in name.split(".") if not word.isdigit()}
+        raise ValueError(
+            f"scales: no parameter is called {part!r}.{suggest(part, sorted(words))} Parts are "
+            f"{', '.join(sorted(words))}"
+        )
+    return found
 
 
 def _decays(name: str, parameter: nn.Parameter) -> bool:

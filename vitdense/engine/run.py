@@ -55,7 +55,9 @@ class Run:
         self.folder = Path(config.output)
         self.last = self.folder / "checkpoints" / "last.pt"
         self.data = build.build_data(config)
-        self.model: Model = build.build_model(config, self.data).to(runtime.device)
+        self.model: Model = build.build_model(config, self.data)
+        self._start()
+        self.model.to(runtime.device)
         self.metric = build.build_metric(config, self.model.task, self.data.train.classes)
         self.net: nn.Module = runtime.wrap(self.model)
         self.optimizer = build_optimizer(self.model, **dict(config.optimizer))
@@ -69,6 +71,12 @@ class Run:
         self.step, self.saved, self.best, self.evaluated = 0, 0, Best(), (0, 0.0)
         self.progress = self.length.progress(0, 0.0)
         self._logged = 0, 0.0
+
+    def _start(self) -> None:
+        """Start from another model's weights, and say so, unless the run goes on from its own."""
+        started = None if self.last.exists() else build.start(self.config, self.data, self.model)
+        if started is not None and self.runtime.is_main:
+            print(started, file=sys.stderr)
 
     @property
     def result(self) -> Model:

@@ -61,7 +61,12 @@ def loop(run: Run, stop: StopSignal) -> None:
     run.net.train()
     run.clock.start()
     batches = build.training_loader(
-        run.config, run.data, run.model, run.runtime, start=run.step * settings.accumulate
+        run.config,
+        run.data,
+        run.model,
+        run.runtime,
+        start=run.step * settings.accumulate,
+        elapsed=lambda: run.clock.elapsed,
     )
     while True:
         stopped = told_to_stop(run, stop)

@@ -96,11 +96,12 @@ def coco_results(
         result: dict[str, Any] = {
             "image_id": image_id,
             "category_id": category_ids[int(prediction.labels[index])],
-            "score": round(score, 6),
+            "score": score,
         }
         if prediction.boxes is not None:
             x1, y1, x2, y2 = prediction.boxes[index].tolist()
-            result["bbox"] = [round(value, 3) for value in (x1, y1, x2 - x1, y2 - y1)]
+            # Not rounded: `vitdense score` must find what the evaluation in training found.
+            result["bbox"] = [x1, y1, x2 - x1, y2 - y1]
         if prediction.masks is not None:
             rle = mask_to_rle(prediction.masks[index])
             result["segmentation"] = rle

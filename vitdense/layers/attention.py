@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitdense.layers.linear import Linear
+
 
 class Attention(nn.Module):
     """Multi-head attention, batch first.
@@ -22,10 +24,10 @@ class Attention(nn.Module):
             raise ValueError(f"heads: {heads} does not divide the width {width}")
         self.heads = heads
         self.dropout = dropout
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.output = nn.Linear(width, width)
+        self.query = Linear(width, width)
+        self.key = Linear(width, width)
+        self.value = Linear(width, width)
+        self.output = Linear(width, width)
         for linear in (self.query, self.key, self.value):
             # the bound of one matrix of all three, as DETR initialises them
             nn.init.xavier_uniform_(linear.weight, gain=0.5**0.5)
@@ -33,15 +35,44 @@ class Attention(nn.Module):
         for linear in (self.query, self.key, self.value, self.output):
             nn.init.zeros_(linear.bias)
 
-    def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """float [B, Q, width], [B, K, width], [B, K, width] -> [B, Q, width]."""
-        attended = F.scaled_dot_product_attention(
-            self._split(self.query(queries)),
-            self._split(self.key(keys)),
-            self._split(self.value(values)),
-            dropout_p=self.dropout if self.training else 0.0,
-        )
-        return self.output(attended.transpose(1, 2).flatten(2))
+    def forward(
+        self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """float [B, Q, width], [B, K, width], [B, K, width] -> [B, Q, width].
 
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        `mask`, bool and broadcastable to [B, heads, Q, K], says which keys a query may see.
+        """
+        return self.output(
+            attend(
+                self.query(queries),
+                self.key(keys),
+                self.value(values),
+                self.heads,
+                dropout=self.dropout if self.training else 0.0,
+                mask=mask,
+            )
+        )
+
+
+def attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    heads: int,
+    *,
+    dropout: float = 0.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """What lies between the projections of multi-head attention.
+
+    Args:
+        queries, keys: float [B, Q, heads * A] and [B, K, heads * A].
+        values: float [B, K, heads * V].
+        mask: bool, broadcastable to [B, heads, Q, K]: which keys a query may see.
+
+    Returns:
+        float [B, Q, heads * V].
+    """
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (queries, keys, values))
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    return attended.transpose(1, 2).flatten(2)

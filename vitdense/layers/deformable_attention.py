@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitdense.layers.linear import Linear
 from vitdense.structures import Size
 
 
 def deformable_sampling(
-    values: Tensor, shapes: list[Size], locations: Tensor, weights: Tensor
+    values: Tensor, shapes: list[Size], points: list[int], locations: Tensor, weights: Tensor
 ) -> Tensor:
     """Weighted sums of bilinear samples from several maps.
 
@@ -23,43 +25,62 @@ def deformable_sampling(
     Args:
         values: float [B, S, heads, width], the cells of all maps one after the other.
         shapes: (height, width) of each map; the areas sum to S.
-        locations: float [B, Q, heads, levels, points, 2], x and y in 0..1 of the map, corners
-            not aligned; samples outside count as zero.
-        weights: float [B, Q, heads, levels, points].
+        points: how many of the P points lie on each map.
+        locations: float [B, Q, heads, P, 2], x and y in 0..1 of the map, corners not aligned;
+            samples outside count as zero.
+        weights: float [B, Q, heads, P].
 
     Returns:
         float [B, Q, heads * width].
     """
     batch, _, heads, _ = values.shape
-    maps = values.permute(0, 2, 3, 1).flatten(0, 1)
-    grids = (2 * locations - 1).permute(3, 0, 2, 4, 1, 5).flatten(1, 2)  # levels, BH, points, Q, 2
-    weights = weights.permute(3, 0, 2, 4, 1).flatten(1, 2)[:, :, None]  # levels, BH, 1, points, Q
     areas = [height * width for height, width in shapes]
+    maps = values.permute(0, 2, 3, 1).flatten(0, 1).split(areas, -1)
+    grids = (2 * locations - 1).permute(0, 2, 3, 1, 4).flatten(0, 1).split(points, 1)
+    shares = weights.permute(0, 2, 3, 1).flatten(0, 1)[:, None].split(points, 2)
     total = torch.zeros((), dtype=values.dtype, device=values.device)
-    for level, cells in enumerate(maps.split(areas, -1)):
-        samples = F.grid_sample(
-            cells.unflatten(-1, shapes[level]), grids[level], align_corners=False
-        )
-        total = total + (samples * weights[level]).sum(2)
+    for cells, shape, grid, share in zip(maps, shapes, grids, shares, strict=True):
+        samples = F.grid_sample(cells.unflatten(-1, shape), grid, align_corners=False)
+        total = total + (samples * share).sum(2)
     return total.unflatten(0, (batch, heads)).flatten(1, 2).transpose(1, 2)
 
 
 class DeformableAttention(nn.Module):
     """Each query looks at a few points around its reference on every map.
 
+    Args:
+        width: of queries and cells.
+        heads: of attention.
+        levels: how many maps there are.
+        points: sampled by each head on each map: one number for all, or one for each.
+        reach: how far the offset 1 goes, in widths and heights of a reference box over the points.
+        project: whether cells and sums pass through matrices, as usual.
+
     Raises:
-        ValueError: if the width is no multiple of the heads.
+        ValueError: if the width is no multiple of the heads, or the points are not one per level.
     """
 
-    def __init__(self, width: int, heads: int, levels: int, points: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        levels: int,
+        points: int | Sequence[int],
+        reach: float = 0.5,
+        project: bool = True,
+    ) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"heads: {heads} does not divide the width {width}")
-        self.heads, self.levels, self.points = heads, levels, points
-        self.offsets = nn.Linear(width, heads * levels * points * 2)
-        self.weights = nn.Linear(width, heads * levels * points)
-        self.value = nn.Linear(width, width)
-        self.output = nn.Linear(width, width)
+        self.points = [points] * levels if isinstance(points, int) else list(points)
+        if len(self.points) != levels:
+            raise ValueError(f"points: {self.points} must be one number or {levels}, one per level")
+        self.heads, self.reach = heads, reach
+        total = sum(self.points)
+        self.offsets = Linear(width, heads * total * 2)
+        self.weights = Linear(width, heads * total)
+        self.value = Linear(width, width) if project else nn.Identity()
+        self.output = Linear(width, width) if project else nn.Identity()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -67,15 +88,15 @@ class DeformableAttention(nn.Module):
         angles = torch.arange(self.heads) * (2 * math.pi / self.heads)
         directions = torch.stack((angles.cos(), angles.sin()), -1)
         directions = directions / directions.abs().amax(-1, keepdim=True)
-        steps = torch.arange(1, self.points + 1)[:, None]
-        offsets = (directions[:, None, None] * steps).expand(-1, self.levels, -1, -1)
+        steps = torch.cat([torch.arange(1, count + 1) for count in self.points])
         with torch.no_grad():
-            self.offsets.bias.copy_(offsets.flatten())
+            self.offsets.bias.copy_((directions[:, None] * steps[:, None]).flatten())
         for parameter in (self.offsets.weight, self.weights.weight, self.weights.bias):
             nn.init.zeros_(parameter)
         for linear in (self.value, self.output):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
+            if isinstance(linear, nn.Linear):
+                nn.init.xavier_uniform_(linear.weight)
+                nn.init.zeros_(linear.bias)
 
     def forward(
         self, queries: Tensor, references: Tensor, memory: Tensor, shapes: list[Size]
@@ -85,7 +106,7 @@ class DeformableAttention(nn.Module):
         Args:
             queries: float [B, Q, width], content plus position.
             references: float [B or 1, Q, 2 or 4] in 0..1 of the canvas: points (x, y), offsets in
-                cells of each map; or boxes (cx, cy, w, h), offsets in half boxes over the points.
+                cells of each map; or boxes (cx, cy, w, h), offsets in boxes as `reach` says.
             memory: float [B, S, width], the cells of all maps.
             shapes: (height, width) of each map.
 
@@ -94,21 +115,27 @@ class DeformableAttention(nn.Module):
         """
         values = self.value(memory).unflatten(-1, (self.heads, -1))
         weights = self.weights(queries).unflatten(-1, (self.heads, -1)).softmax(-1)
-        weights = weights.unflatten(-1, (self.levels, self.points))
-        offsets = self.offsets(queries).unflatten(-1, (self.heads, self.levels, self.points, 2))
+        offsets = self.offsets(queries).unflatten(-1, (self.heads, -1, 2))
         # bfloat16 places a point on a map of 80 cells only to the nearest third of a cell
         precise = torch.promote_types(queries.dtype, torch.float32)
-        references = references[:, :, None, None, None].to(precise)
-        if references.shape[-1] == 2:
-            locations = references + offsets.to(precise) / _cells(shapes, references)
-        else:
-            reach = references[..., 2:] * (0.5 / self.points)
-            locations = references[..., :2] + offsets.to(precise) * reach
-        sampled = deformable_sampling(values.to(precise), shapes, locations, weights.to(precise))
+        references = references[:, :, None, None].to(precise)
+        units = self._units(shapes, references)
+        if references.shape[-1] == 4:
+            units = units * references[..., 2:]
+        locations = references[..., :2] + offsets.to(precise) * units
+        sampled = deformable_sampling(
+            values.to(precise), shapes, self.points, locations, weights.to(precise)
+        )
         return self.output(sampled.to(queries.dtype))
 
-
-def _cells(shapes: list[Size], like: Tensor) -> Tensor:
-    """[levels, 1, 2] width and height of each map, copied without waiting for the device."""
-    sizes = torch.tensor([(width, height) for height, width in shapes], dtype=like.dtype)
-    return sizes[:, None].to(like.device, non_blocking=True)
+    def _units(self, shapes: list[Size], references: Tensor) -> Tensor:
+        """[P, 2] what an offset of 1 means for each point, copied without waiting for the device:
+        a cell of its map beside reference points, a share of the reference box otherwise.
+        """
+        if references.shape[-1] == 2:
+            each = [(1 / width, 1 / height) for height, width in shapes]
+        else:
+            each = [(self.reach / count, self.reach / count) for count in self.points]
+        units = [unit for unit, count in zip(each, self.points, strict=True) for _ in range(count)]
+        tensor = torch.tensor(units, dtype=references.dtype)
+        return tensor.to(references.device, non_blocking=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vitdense.layers.linear import Linear
 
 
 class MLP(nn.Module):
@@ -17,7 +20,7 @@ class MLP(nn.Module):
 
     def __init__(self, *widths: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        self.layers = nn.ModuleList(Linear(a, b) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         """float [..., first width] -> [..., last width]."""
@@ -29,10 +32,18 @@ class MLP(nn.Module):
 class FeedForward(nn.Module):
     """The second half of a transformer layer: two linear layers, residual, then norm."""
 
-    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        dropout: float,
+        activation: Callable[[Tensor], Tensor] = F.relu,
+    ) -> None:
+        """`activation` may be a module that learns."""
         super().__init__()
-        self.expand = nn.Linear(width, hidden)
-        self.reduce = nn.Linear(hidden, width)
+        self.activation = activation
+        self.expand = Linear(width, hidden)
+        self.reduce = Linear(hidden, width)
         nn.init.xavier_uniform_(self.expand.weight)
         nn.init.xavier_uniform_(self.reduce.weight)
         self.norm = nn.LayerNorm(width)
@@ -40,5 +51,5 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """float [..., width] -> the same shape."""
-        hidden = self.dropout(F.relu(self.expand(x)))
+        hidden = self.dropout(self.activation(self.expand(x)))
         return self.norm(x + self.dropout(self.reduce(hidden)))

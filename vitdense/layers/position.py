@@ -23,7 +23,15 @@ def sine_embedding(values: Tensor, features: int, temperature: float = 10000) ->
     return torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)
 
 
-def sine_position(height: int, width: int, features: int, *, offset: float, like: Tensor) -> Tensor:
+def sine_position(
+    height: int,
+    width: int,
+    features: int,
+    *,
+    offset: float,
+    like: Tensor,
+    temperature: float = 10000,
+) -> Tensor:
     """Embed the cells of a grid: the first half of the features tells y, the second x.
 
     Args:
@@ -31,6 +39,7 @@ def sine_position(height: int, width: int, features: int, *, offset: float, like
         offset: added to the positions 1..n before they are divided by n: 0 in DETR, -0.5 (the
             centres of the cells) in Deformable DETR.
         like: gives the device and the type.
+        temperature: by how much the frequencies fall; 20 in DAB-DETR and DINO.
 
     Returns:
         float [height * width, features], row by row.
@@ -40,7 +49,7 @@ def sine_position(height: int, width: int, features: int, *, offset: float, like
         steps = torch.arange(1, size + 1, device=like.device, dtype=like.dtype)
         # the 1e-6 is in the original and in the public weights
         angles = (steps + offset) / (size + 1e-6) * (2 * math.pi)
-        return sine_embedding(angles, features // 2)
+        return sine_embedding(angles, features // 2, temperature)
 
     rows = axis(height)[:, None].expand(-1, width, -1)
     columns = axis(width)[None].expand(height, -1, -1)

@@ -105,6 +105,8 @@ def match(costs: list[Tensor], truths: Truths) -> list[Tensor]:
         int64 [L, B, T] for each: the query of each truth, -1 for padding and for truths that
         found no query because there are more truths than queries.
     """
+    if not costs:
+        return []
     device = costs[0].device
     host = copy_to_host(torch.cat([cost.flatten() for cost in costs])).numpy()
     matches = np.full(sum(cost[..., 0].numel() for cost in costs), -1)

@@ -2,30 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from vitdense.losses.classification import ClassLoss
 from vitdense.losses.matcher import HungarianMatcher, Truths, full_precision, match
-from vitdense.ops.boxes import cxcywh_to_xyxy, generalized_iou
+from vitdense.ops.boxes import cxcywh_to_xyxy, overlaps
 from vitdense.structures import Size, Target
 
 
 @dataclass(slots=True)
 class Queries:
-    """Predictions that are matched together: one set per layer and image.
+    """Predictions that are matched together: one set per layer, group and image.
 
     Attributes:
-        logits: float [L, B, Q, C].
-        boxes: float [L, B, Q, 4], cxcywh in 0..1 of the canvas.
+        logits: float [L, B, G*Q, C].
+        boxes: float [L, B, G*Q, 4], cxcywh in 0..1 of the canvas.
         agnostic: whether the truth is one class, 0.
+        groups: G, sets of queries side by side that are matched each on their own.
+        matches: int64 [B, T], the query of each truth where it is known (-1 for none); else
+            matching finds it.
+        details: what else is predicted and trained, float [L, B, G*Q, ...] each.
     """
 
     logits: Tensor
     boxes: Tensor
     agnostic: bool = False
+    groups: int = 1
+    matches: Tensor | None = None
+    details: dict[str, Tensor] = field(default_factory=dict)
+
+    def as_layers(self) -> Self:
+        """The same predictions with every group of every layer as a layer: [L*G, B, Q, ...]."""
+        if self.groups == 1:
+            return self
+
+        def split(x: Tensor) -> Tensor:
+            return x.unflatten(2, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+
+        details = {name: split(x) for name, x in self.details.items()}
+        return replace(self, logits=split(self.logits), boxes=split(self.boxes), details=details)
 
 
 class SetCriterion:
@@ -68,32 +87,51 @@ class SetCriterion:
         """
         truths = Truths.from_targets(targets, canvas)
         normalizer = count_truths(truths)
-        parts = [(q, truths.agnostic() if q.agnostic else truths) for q in queries.values()]
-        matches = match([self.matcher.cost(q.logits, q.boxes, t) for q, t in parts], truths)
+        parts = {suffix: part.as_layers() for suffix, part in queries.items()}
         losses = {}
-        for suffix, (part, truth), found in zip(queries, parts, matches, strict=True):
-            for name, layers in self.terms(part, truth, found, normalizer).items():
-                weighted = layers * self.weights[name]
-                losses[name + suffix] = weighted[-1]
-                if len(weighted) > 1:
-                    losses[f"{name}{suffix}_aux"] = weighted[:-1].sum()
+        for suffix, found in self._match(parts, truths).items():
+            part = parts[suffix]
+            truth = truths.agnostic() if part.agnostic else truths
+            for name, each in self.terms(part, truth, found, normalizer).items():
+                layers = each.unflatten(0, (-1, part.groups)).mean(1) * self.weights[name]
+                losses[name + suffix] = layers[-1]
+                if len(layers) > 1:
+                    losses[f"{name}{suffix}_aux"] = layers[:-1].sum()
         return losses
+
+    def _match(self, parts: dict[str, Queries], truths: Truths) -> dict[str, Tensor]:
+        """The query of each truth, int64 [L, B, T], for each part."""
+        known = {
+            suffix: part.matches.expand(len(part.logits), -1, -1)
+            for suffix, part in parts.items()
+            if part.matches is not None
+        }
+        unknown = [suffix for suffix in parts if suffix not in known]
+        costs = [
+            self.matcher.cost(
+                parts[suffix].logits,
+                parts[suffix].boxes,
+                truths.agnostic() if parts[suffix].agnostic else truths,
+            )
+            for suffix in unknown
+        ]
+        found = dict(zip(unknown, match(costs, truths), strict=True)) | known
+        return {suffix: found[suffix] for suffix in parts}
 
     def terms(
         self, queries: Queries, truths: Truths, matches: Tensor, normalizer: Tensor
     ) -> dict[str, Tensor]:
         """Unweighted terms of each layer, float [L], for given matches int64 [L, B, T]."""
         logits, boxes = full_precision(queries.logits), full_precision(queries.boxes)
-        classes = self.class_loss.loss(logits, truths.labels, matches, normalizer)
         found = matches >= 0
         index = matches.clamp(min=0)[..., None].expand(-1, -1, -1, 4)
         chosen, truth = boxes.gather(2, index), truths.boxes.to(boxes.dtype)
         distances = (chosen - truth).abs().sum(-1) * found
-        overlaps = generalized_iou(cxcywh_to_xyxy(chosen), cxcywh_to_xyxy(truth))
+        iou, giou = overlaps(cxcywh_to_xyxy(chosen), cxcywh_to_xyxy(truth))
         return {
-            "class": classes,
+            "class": self.class_loss.loss(logits, truths.labels, matches, iou.detach(), normalizer),
             "box": distances.sum((1, 2)) / normalizer,
-            "giou": ((1 - overlaps) * found).sum((1, 2)) / normalizer,
+            "giou": ((1 - giou) * found).sum((1, 2)) / normalizer,
         }
 
 

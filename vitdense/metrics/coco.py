@@ -1,62 +1,30 @@
-"""COCO's average precision and recall of boxes or masks, scored by pycocotools in memory."""
+"""COCO's average precision and recall of boxes or masks."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from pydantic import PositiveInt
 from torch import Tensor
 
+from vitdense.metrics.average_precision import RECALLS, Curves, accumulate
+from vitdense.metrics.backends import Backend, choose, score_by_program
 from vitdense.metrics.base import Metric
-from vitdense.ops.masks import mask_to_rle
+from vitdense.metrics.matching import Rules, match
+from vitdense.metrics.objects import Objects, join
+from vitdense.metrics.processes import gather, gather_matches, share
+from vitdense.ops.run_length import RunLengths, encode
 from vitdense.registry import METRICS
-from vitdense.structures import Batch, Prediction, Size, Target
+from vitdense.structures import Batch, Prediction, Target
 
 IouType = Literal["bbox", "segm"]
-Rle = dict[str, Any]
-"""A mask in pycocotools' compressed run lengths: `size` (height, width) and `counts`."""
-
-
-@dataclass(slots=True)
-class Objects:
-    """Objects of one image, on the host.
-
-    Attributes:
-        labels: int64 [N].
-        boxes: float64 [N, 4], xyxy in original pixels.
-        scores: float64 [N]; of truth all 1.
-        crowd: bool [N], regions that are ignored.
-        area: float64 [N], square pixels, chooses the size range.
-        rles: the masks, for `segm`.
-    """
-
-    labels: np.ndarray
-    boxes: np.ndarray
-    scores: np.ndarray
-    crowd: np.ndarray
-    area: np.ndarray
-    rles: list[Rle] | None = None
-
-
-@dataclass(slots=True)
-class Pair:
-    """Truth and detections of one image with its size."""
-
-    size: Size
-    truth: Objects
-    detections: Objects
 
 
 @METRICS.register("coco")
 class CocoMetric(Metric):
-    """COCO's 12 numbers and the AP of each class, equal to pycocotools'.
+    """COCO's 12 numbers, each class's AP, best F1 and its threshold, equal to pycocotools'.
 
     A number without objects of its size is NaN, pycocotools' -1; an absent class has no number.
     An image that comes twice, as padded distributed samplers send it, counts once.
@@ -70,71 +38,105 @@ class CocoMetric(Metric):
         *,
         iou_type: Literal["bbox", "segm"] = "bbox",  # overlap of boxes or of masks
         max_detections: PositiveInt = 100,  # best detections of an image and class that count
+        class_agnostic: bool = False,  # take all objects for one class, as for proposals
+        backend: Literal[
+            "auto", "device", "pycocotools", "hotcoco", "faster-coco-eval"
+        ] = "auto",  # who computes it; `device`, which `auto` takes, stays with the predictions
     ) -> None:
         super().__init__(classes)
         if max_detections <= 10:
             raise ValueError("max_detections: must be above 10, beside which AR1 and AR10 stand")
         self.iou_type: IouType = iou_type
-        self.max_detections = max_detections
-        self.pairs: dict[int | str, Pair] = {}
-
-    def update(self, predictions: list[Prediction], batch: Batch) -> None:
-        """Count one batch in; needs labels and boxes, for `segm` also masks."""
-        detections = collect_detections(predictions, self.iou_type)
-        for image_id, frame, target, found in zip(
-            batch.image_ids, batch.frames, batch.targets, detections, strict=True
-        ):
-            truth = collect_truth(target, self.iou_type)
-            self.pairs.setdefault(image_id, Pair(frame.original, truth, found))
-
-    def compute(self) -> dict[str, float]:
-        """The numbers over all images of all processes, as fractions in 0..1."""
-        pairs = gather(self.pairs)
-        precision, recall = score(pairs, len(self.classes), self.iou_type, self.max_detections)
-        return summarize(precision, recall, self.classes, self.max_detections)
+        self.rules = Rules(limits=(1, 10, max_detections), class_agnostic=class_agnostic)
+        self.backend: Backend = choose(backend)
+        self.reset()
 
     def reset(self) -> None:
         """Forget all images."""
-        self.pairs = {}
+        self.image_ids: dict[int | str, int] = {}
+        self.truth: list[Objects] = []
+        self.detections: list[Objects] = []
+
+    def update(self, predictions: list[Prediction], batch: Batch) -> None:
+        """Count one batch in; needs labels and boxes, for `segm` also masks."""
+        for prediction, target, image_id in zip(
+            predictions, batch.targets, batch.image_ids, strict=True
+        ):
+            if image_id in self.image_ids:
+                continue
+            image = len(self.image_ids)
+            found = detected(image, prediction, self.iou_type)
+            there = annotated(image, target.to(found.boxes.device), self.iou_type)
+            self.image_ids[image_id] = image
+            self.truth.append(there)
+            self.detections.append(found)
+
+    def compute(self) -> dict[str, float]:
+        """The numbers over all images of all processes, as fractions in 0..1."""
+        classes = [] if self.rules.class_agnostic else self.classes
+        return summarize(self.curves(), classes, self.rules.limits[-1])
+
+    def curves(self) -> Curves:
+        """Precision, recall and scores over all images of all processes.
+
+        Each process matches its own images; where `backend` is another program, that of every
+        process gets the objects of all.
+        """
+        places = torch.tensor(share(list(self.image_ids)), dtype=torch.int64)
+        truth, detections = (_placed(join(p), places) for p in (self.truth, self.detections))
+        if self.backend == "device":
+            matches = match(truth, detections, len(self.classes), self.rules)
+            return accumulate(gather_matches(matches), self.rules)
+        everything = gather((truth.to("cpu"), detections.to("cpu")))
+        truth, detections = (join(parts) for parts in zip(*everything, strict=True))
+        return score_by_program(truth, detections, len(self.classes), self.rules, self.backend)
 
 
-def collect_detections(predictions: list[Prediction], iou_type: IouType) -> list[Objects]:
-    """Detections per image on the host, copied from the device at once."""
-    parts = []
-    for prediction in predictions:
-        scores, labels, boxes = _present(prediction, "scores", "labels", "boxes")
-        parts.append(torch.cat([boxes.double(), scores[:, None], labels[:, None]], 1))
-    rows = torch.cat(parts).cpu().numpy()
-    ends = np.cumsum([len(part) for part in parts])[:-1]
-    return [
-        _detections(image, prediction, iou_type)
-        for image, prediction in zip(np.split(rows, ends), predictions, strict=True)
-    ]
+def _placed(objects: Objects, places: Tensor) -> Objects:
+    """With the images' places among those of all processes, without those of place -1."""
+    objects.images = places.to(objects.images.device)[objects.images]
+    return objects.select((objects.images >= 0).nonzero()[:, 0])
 
 
-def _detections(rows: np.ndarray, prediction: Prediction, iou_type: IouType) -> Objects:
-    boxes, scores, labels = rows[:, :4], rows[:, 4], rows[:, 5].astype(np.int64)
-    rles = None
-    area = _box_area(boxes)
-    if iou_type == "segm":
-        (masks,) = _present(prediction, "masks")
-        rles = encode(masks)
-        area = _rle_area(rles)
-    return Objects(labels, boxes, scores, np.zeros(len(labels), bool), area, rles)
+def detected(image: int, prediction: Prediction, iou_type: IouType) -> Objects:
+    """The detections of one image; of masks the area is theirs."""
+    scores, labels, boxes = _present(prediction, "scores", "labels", "boxes")
+    masks = encode(*_present(prediction, "masks")) if iou_type == "segm" else None
+    crowd = torch.zeros_like(labels, dtype=torch.bool)
+    return _objects(image, labels, boxes, None, scores, crowd, masks)
 
 
-def collect_truth(target: Target, iou_type: IouType) -> Objects:
-    """Truth of one image on the host; the area is the mask's or the box's where none is given."""
-    labels, boxes = (values.cpu().numpy() for values in _present(target, "labels", "boxes"))
-    boxes = boxes.astype(np.float64)
-    rles = encode(*_present(target, "masks")) if iou_type == "segm" else None
-    if target.area is not None:
-        area = target.area.double().cpu().numpy()
-    else:
-        area = _box_area(boxes) if rles is None else _rle_area(rles)
-    none = np.zeros(len(labels), bool)
-    crowd = none if target.crowd is None else target.crowd.cpu().numpy()
-    return Objects(labels, boxes, np.ones(len(labels)), crowd, area, rles)
+def annotated(image: int, target: Target, iou_type: IouType) -> Objects:
+    """The truth of one image; the area is the mask's or the box's where none is given."""
+    labels, boxes = _present(target, "labels", "boxes")
+    masks = encode(*_present(target, "masks")) if iou_type == "segm" else None
+    crowd = torch.zeros_like(labels) if target.crowd is None else target.crowd
+    return _objects(image, labels, boxes, target.area, torch.ones_like(labels), crowd, masks)
+
+
+def _objects(
+    image: int,
+    labels: Tensor,
+    boxes: Tensor,
+    areas: Tensor | None,
+    scores: Tensor,
+    crowd: Tensor,
+    masks: RunLengths | None,
+) -> Objects:
+    boxes = boxes.double()
+    sides = boxes[:, 2:] - boxes[:, :2]
+    if areas is None:
+        areas = sides.prod(1) if masks is None else masks.areas()
+    return Objects(
+        images=torch.full_like(labels, image, dtype=torch.int64),
+        labels=labels.long(),
+        boxes=torch.cat([boxes[:, :2], sides], 1),
+        areas=areas.double(),
+        scores=scores.double(),
+        crowd=crowd.bool(),
+        rows=torch.arange(len(labels), device=labels.device),
+        masks=masks,
+    )
 
 
 def _present(holder: Prediction | Target, *names: str) -> list[Tensor]:
@@ -146,92 +148,10 @@ def _present(holder: Prediction | Target, *names: str) -> list[Tensor]:
     return values
 
 
-def _box_area(boxes: np.ndarray) -> np.ndarray:
-    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-
-
-def _rle_area(rles: list[Rle]) -> np.ndarray:
-    from pycocotools import mask
-
-    return np.asarray(mask.area(rles), dtype=np.float64).reshape(-1)
-
-
-def encode(masks: Tensor) -> list[Rle]:
-    """Bool masks [N, H, W] as compressed run lengths."""
-    return [mask_to_rle(mask) for mask in masks.cpu()]
-
-
-def gather(pairs: dict[int | str, Pair]) -> list[Pair]:
-    """The images of all processes, each once, in the order of their ids.
-
-    The order decides between equal scores, so it must not depend on how images were spread.
-    """
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        shares: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(shares, pairs)
-        pairs = {image_id: pair for share in shares for image_id, pair in share.items()}
-    return [pairs[key] for key in sorted(pairs, key=lambda key: (isinstance(key, str), key))]
-
-
-def score(
-    pairs: list[Pair], num_classes: int, iou_type: IouType, max_detections: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Match detections to truth and accumulate, by pycocotools.
-
-    Returns:
-        precision [T, R, K, A, M] and recall [T, K, A, M] over T IoU thresholds 0.5..0.95, R recall
-        levels, K classes, A sizes (all, small, medium, large) and M limits (1, 10,
-        `max_detections`); -1 where undefined.
-    """
-    with contextlib.redirect_stdout(io.StringIO()):
-        from pycocotools.cocoeval import COCOeval
-
-        truth = _coco([pair.truth for pair in pairs], pairs, num_classes)
-        found = _coco([pair.detections for pair in pairs], pairs, num_classes)
-        evaluation = COCOeval(truth, found, iou_type)
-        evaluation.params.maxDets = [1, 10, max_detections]
-        evaluation.evaluate()
-        evaluation.accumulate()
-    return evaluation.eval["precision"], evaluation.eval["recall"]
-
-
-def _coco(images: list[Objects], pairs: list[Pair], num_classes: int) -> Any:
-    """pycocotools' index over the objects; ids count from 1, as it takes 0 for "no match"."""
-    from pycocotools.coco import COCO
-
-    annotations: list[dict[str, Any]] = []
-    for image_id, objects in enumerate(images):
-        for index, (x1, y1, x2, y2) in enumerate(objects.boxes.tolist()):
-            entry = {
-                "id": len(annotations) + 1,
-                "image_id": image_id,
-                "category_id": int(objects.labels[index]),
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "score": float(objects.scores[index]),
-                "iscrowd": int(objects.crowd[index]),
-                "area": float(objects.area[index]),
-            }
-            if objects.rles is not None:
-                entry["segmentation"] = objects.rles[index]
-            annotations.append(entry)
-    index = COCO()
-    index.dataset = {
-        "images": [
-            {"id": image_id, "height": pair.size[0], "width": pair.size[1]}
-            for image_id, pair in enumerate(pairs)
-        ],
-        "categories": [{"id": label} for label in range(num_classes)],
-        "annotations": annotations,
-    }
-    index.createIndex()
-    return index
-
-
-def summarize(
-    precision: np.ndarray, recall: np.ndarray, classes: list[str], max_detections: int
-) -> dict[str, float]:
-    """COCO's 12 numbers and `AP/<class>` from the arrays of `score`."""
+def summarize(curves: Curves, classes: list[str], max_detections: int) -> dict[str, float]:
+    """COCO's 12 numbers, and `AP/<class>`, `F1/<class>` and `threshold/<class>` where defined."""
     everything, small, medium, large = range(4)
+    precision, recall = curves.precision, curves.recall
     numbers = {
         "AP": _mean(precision[..., everything, -1]),
         "AP50": _mean(precision[0, ..., everything, -1]),
@@ -246,13 +166,33 @@ def summarize(
         "ARm": _mean(recall[..., medium, -1]),
         "ARl": _mean(recall[..., large, -1]),
     }
-    per_class = {
+    each = {
         f"AP/{name}": _mean(precision[:, :, label, everything, -1])
         for label, name in enumerate(classes)
     }
-    return numbers | {name: value for name, value in per_class.items() if not math.isnan(value)}
+    f1, threshold = (values.tolist() for values in best_thresholds(curves))
+    for label, name in enumerate(classes):
+        each |= {f"F1/{name}": f1[label], f"threshold/{name}": threshold[label]}
+    return numbers | {name: value for name, value in each.items() if not math.isnan(value)}
 
 
-def _mean(values: np.ndarray) -> float:
+def best_thresholds(curves: Curves) -> tuple[Tensor, Tensor]:
+    """Each class's highest F1 at an IoU of 0.5, and the score from which detections reach it.
+
+    Over the 101 recall levels; NaN for absent classes, and the threshold where nothing is found.
+
+    Returns:
+        float64 [K], float64 [K].
+    """
+    precision, scores = curves.precision[0, :, :, 0, -1], curves.scores[0, :, :, 0, -1]
+    recall = precision.new_tensor(RECALLS)[:, None]
+    f1 = 2 * precision * recall / (precision + recall).clamp(min=1e-12)
+    best, level = f1.max(0)
+    threshold = scores.gather(0, level[None])[0]
+    absent = precision[0] < 0
+    return best.masked_fill(absent, math.nan), threshold.masked_fill(absent | (best <= 0), math.nan)
+
+
+def _mean(values: Tensor) -> float:
     defined = values[values > -1]
-    return float(defined.mean()) if defined.size else math.nan
+    return float(defined.mean()) if len(defined) else math.nan

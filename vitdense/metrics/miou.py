@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vitdense.data.base import DataError
 from vitdense.metrics.base import Metric
+from vitdense.metrics.processes import sum_over_processes
 from vitdense.registry import METRICS
 from vitdense.structures import IGNORE, Batch, Prediction
 
@@ -19,11 +20,12 @@ PENDING = 64
 
 @METRICS.register("miou")
 class MeanIoU(Metric):
-    """aAcc, mIoU, mAcc and each class's IoU and Acc, in 0..1, as mmsegmentation names them.
+    """aAcc, mIoU, mAcc, fwIoU, mDice and each class's IoU, Acc and Dice, in 0..1.
 
+    Names are mmsegmentation's; fwIoU is the IoU of classes weighted by their share of the truth.
     Counts are int64 and stay on the device of the predictions. A class is absent if neither truth
-    nor prediction has a pixel of it (IoU), or the truth has none (Acc): `skip` leaves it out of
-    means and results, as mmsegmentation does; `zero` counts it as 0, as ADE20K's own code does.
+    nor prediction has a pixel of it (IoU, Dice), or the truth has none (Acc): `skip` leaves it out
+    of means and results, as mmsegmentation does; `zero` counts it as 0, as ADE20K's own code does.
     """
 
     headline = "mIoU"
@@ -93,21 +95,28 @@ class MeanIoU(Metric):
         self._faults, self._paths = [], []
 
     def compute(self) -> dict[str, float]:
-        """aAcc, mIoU, mAcc, IoU/<class>, Acc/<class>; zeros if no pixel was counted.
+        """aAcc, mIoU, mAcc, fwIoU, mDice, and IoU, Acc and Dice of each class as `IoU/<class>`.
+
+        Zeros if no pixel was counted.
 
         Adds up the counts of all processes; raises as `update` does.
         """
         self._check()
-        counts = _sum_over_processes(self.matrix).cpu()[:-1, :-1].double()
+        counts = sum_over_processes(self.matrix).cpu()[:-1, :-1].double()
         hits, truth, answers = counts.diag(), counts.sum(dim=1), counts.sum(dim=0)
-        iou = self._ratios("IoU", hits, truth + answers - hits)
+        either, pixels = truth + answers - hits, truth.sum().clamp(min=1)
+        iou = self._ratios("IoU", hits, either)
         acc = self._ratios("Acc", hits, truth)
+        dice = self._ratios("Dice", 2 * hits, truth + answers)
         return {
-            "aAcc": (hits.sum() / truth.sum().clamp(min=1)).item(),
+            "aAcc": (hits.sum() / pixels).item(),
             "mIoU": sum(iou.values()) / max(len(iou), 1),
             "mAcc": sum(acc.values()) / max(len(acc), 1),
+            "fwIoU": (truth / pixels * hits / either.clamp(min=1)).sum().item(),
+            "mDice": sum(dice.values()) / max(len(dice), 1),
             **iou,
             **acc,
+            **dice,
         }
 
     def _ratios(self, name: str, parts: Tensor, wholes: Tensor) -> dict[str, float]:
@@ -128,13 +137,3 @@ def _worst(values: Tensor, wrong: Tensor) -> Tensor:
     if values.numel() == 0:
         return values.new_tensor(_NONE)
     return values.where(wrong, _NONE).max()
-
-
-def _sum_over_processes(matrix: Tensor) -> Tensor:
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return matrix
-    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
-    total = matrix.to(device, copy=True)
-    distributed.all_reduce(total)
-    return total

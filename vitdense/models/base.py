@@ -36,9 +36,9 @@ class Model(nn.Module):
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 [B, C, H, W] in 0..255 -> float, by the backbone's mean and standard deviation."""
-        shape = (1, -1, 1, 1)
-        mean = torch.tensor(self.backbone.mean, device=images.device).mul_(255).view(shape)
-        std = torch.tensor(self.backbone.std, device=images.device).mul_(255).view(shape)
+        statistics = torch.tensor([self.backbone.mean, self.backbone.std]).mul_(255)
+        # a tensor that is made on a GPU makes the host wait
+        mean, std = statistics[..., None, None].to(images.device, non_blocking=True)
         return (images - mean) / std
 
     def forward(self, images: Tensor, targets: list[Target] | None = None) -> Any:

@@ -42,7 +42,12 @@ def _scale(boxes: Tensor, x: float, y: float) -> Tensor:
 
 
 def generalized_iou(first: Tensor, second: Tensor) -> Tensor:
-    """Generalized IoU (Rezatofighi et al. 2019) of boxes that broadcast against each other.
+    """Generalized IoU of boxes that broadcast against each other; the second of `overlaps`."""
+    return overlaps(first, second)[1]
+
+
+def overlaps(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """IoU and generalized IoU (Rezatofighi et al. 2019) of boxes that broadcast.
 
     Equal shapes give the overlap of matched pairs; `first[:, None]` against `second[None]` gives
     all pairs, without an intermediate tensor of boxes.
@@ -51,7 +56,7 @@ def generalized_iou(first: Tensor, second: Tensor) -> Tensor:
         first, second: float [..., 4], xyxy in the same unit.
 
     Returns:
-        float [...] in -1..1, finite for boxes without area too.
+        float [...] in 0..1 and in -1..1, finite for boxes without area too.
     """
     left, top, right, bottom = first.unbind(-1)
     left2, top2, right2, bottom2 = second.unbind(-1)
@@ -64,4 +69,5 @@ def generalized_iou(first: Tensor, second: Tensor) -> Tensor:
     hull_width = torch.maximum(right, right2) - torch.minimum(left, left2)
     hull_height = torch.maximum(bottom, bottom2) - torch.minimum(top, top2)
     hull = hull_width * hull_height
-    return overlap / union.clamp(min=EPS) - (hull - union) / hull.clamp(min=EPS)
+    iou = overlap / union.clamp(min=EPS)
+    return iou, iou - (hull - union) / hull.clamp(min=EPS)

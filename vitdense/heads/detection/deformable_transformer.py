@@ -1,8 +1,9 @@
-"""Encoder and decoder with deformable attention, and the first stage's proposals."""
+"""Encoder and decoder layers with deformable attention, and what reads queries."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +11,12 @@ from torch import Tensor, nn
 
 from vitdense.layers.attention import Attention
 from vitdense.layers.deformable_attention import DeformableAttention
+from vitdense.layers.linear import Linear
 from vitdense.layers.mlp import MLP, FeedForward
-from vitdense.layers.position import sine_position
 from vitdense.structures import Size
+
+EPS = 1e-5
+"""Coordinates are kept this far from 0 and 1 before their logit is taken."""
 
 
 class DeformableEncoderLayer(nn.Module):
@@ -36,15 +40,33 @@ class DeformableEncoderLayer(nn.Module):
 
 
 class DeformableDecoderLayer(nn.Module):
-    """Queries attend to each other, then to a few points around their references."""
+    """Queries attend to each other, then to a few points around their references.
+
+    Args:
+        width: of queries and cells.
+        heads: of attention among the queries; `cross_heads` of that to the cells, if others.
+        hidden: width of the feed-forward layer.
+        levels, points, reach: of the deformable attention.
+    """
 
     def __init__(
-        self, width: int, heads: int, hidden: int, dropout: float, levels: int, points: int
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        dropout: float,
+        levels: int,
+        points: int | Sequence[int],
+        *,
+        cross_heads: int | None = None,
+        reach: float = 0.5,
     ) -> None:
         super().__init__()
         self.self_attention = Attention(width, heads, dropout)
         self.self_norm = nn.LayerNorm(width)
-        self.cross_attention = DeformableAttention(width, heads, levels, points)
+        self.cross_attention = DeformableAttention(
+            width, cross_heads or heads, levels, points, reach
+        )
         self.cross_norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
         self.feed_forward = FeedForward(width, hidden, dropout)
@@ -56,6 +78,8 @@ class DeformableDecoderLayer(nn.Module):
         references: Tensor,
         memory: Tensor,
         shapes: list[Size],
+        mask: Tensor | None = None,
+        groups: int = 1,
     ) -> Tensor:
         """Update the queries.
 
@@ -64,22 +88,39 @@ class DeformableDecoderLayer(nn.Module):
             references: float [B, Q, 2 or 4] in 0..1, points or boxes.
             memory: float [B, S, width], the cells of all levels.
             shapes: (height, width) of each level.
+            mask: bool [Q, Q], which other queries (columns) each may see.
+            groups: sets of queries, one after the other, that do not see each other.
         """
-        placed = queries + places
-        update = self.self_attention(placed, placed, queries)
+        update = _attend_in_groups(self.self_attention, queries, places, mask, groups)
         queries = self.self_norm(queries + self.dropout(update))
         update = self.cross_attention(queries + places, references, memory, shapes)
-        queries = self.cross_norm(queries + self.dropout(update))
-        return self.feed_forward(queries)
+        return self.feed_forward(self.merge(queries, self.dropout(update)))
+
+    def merge(self, queries: Tensor, update: Tensor) -> Tensor:
+        """Queries with what they saw in the cells."""
+        return self.cross_norm(queries + update)
+
+
+def _attend_in_groups(
+    attention: Attention, queries: Tensor, places: Tensor, mask: Tensor | None, groups: int
+) -> Tensor:
+    batch = len(queries)
+    if groups > 1:
+        queries, places = (x.reshape(batch * groups, -1, x.shape[-1]) for x in (queries, places))
+    placed = queries + places
+    return attention(placed, placed, queries, mask).reshape(batch, -1, queries.shape[-1])
 
 
 class Predictor(nn.Module):
-    """Class and box of each query, for focal loss and boxes relative to references."""
+    """Class and box of each query, for sigmoid losses and boxes relative to references."""
 
-    def __init__(self, width: int, classes: int, start: float = 0.0) -> None:
-        """`start` is the first logit of widths and heights where references have none."""
+    def __init__(self, width: int, classes: int, start: float = 0.0, eps: float = EPS) -> None:
+        """`start` is the first logit of widths and heights where references have none; `eps` keeps
+        coordinates of references from 0 and 1.
+        """
         super().__init__()
-        self.classes = nn.Linear(width, classes)
+        self.eps = eps
+        self.classes = Linear(width, classes)
         self.boxes = MLP(width, width, width, 4)
         # every class starts at a probability of 0.01, so that the negatives do not drown all else
         nn.init.constant_(self.classes.bias, -math.log(99))
@@ -93,51 +134,29 @@ class Predictor(nn.Module):
 
         Args:
             queries: float [..., width].
-            references: logits of points or boxes, float [..., 2 or 4].
+            references: points or boxes, float [..., 2 or 4] in 0..1.
 
         Returns:
-            logits [..., classes], and boxes [..., 4] in 0..1: the references moved, as logits.
+            logits [..., classes], and boxes [..., 4] in 0..1, cxcywh: the references moved.
         """
+        return self.classes(queries), self.move(references, self.boxes(queries))
+
+    def move(self, references: Tensor, deltas: Tensor) -> Tensor:
+        """References moved in the logits of their coordinates."""
+        # not by torch.logit, which clamps both parts of the fraction at once, unlike public code
+        logits = references.clamp(min=self.eps).log() - (1 - references).clamp(min=self.eps).log()
         if references.shape[-1] == 2:
-            references = F.pad(references, (0, 2))
-        return self.classes(queries), (references + self.boxes(queries)).sigmoid()
+            logits = F.pad(logits, (0, 2))
+        return (logits + deltas).sigmoid()
 
 
-def cell_centres(shapes: list[Size], like: Tensor) -> Tensor:
-    """Centres of the cells of all levels, row by row: [S, 2], x and y in 0..1."""
-    centres = []
-    for height, width in shapes:
-        y = (torch.arange(height, device=like.device, dtype=like.dtype) + 0.5) / height
-        x = (torch.arange(width, device=like.device, dtype=like.dtype) + 0.5) / width
-        centres.append(torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1))
-    return torch.cat(centres)
+class ScaledPredictor(Predictor):
+    """Boxes move by widths and heights of their references and grow by factors, as in R-CNN."""
 
-
-def cell_positions(shapes: list[Size], level_embed: Tensor) -> Tensor:
-    """Position and level of the cells of all levels: [S, width] for level_embed [levels, width]."""
-    width = level_embed.shape[-1]
-    return torch.cat(
-        [
-            sine_position(*shape, width, offset=-0.5, like=level_embed) + embed
-            for shape, embed in zip(shapes, level_embed, strict=True)
-        ]
-    )
-
-
-def cell_proposals(shapes: list[Size], centres: Tensor) -> tuple[Tensor, Tensor]:
-    """A square box in each cell, twice as large on each coarser level (appendix A.4).
-
-    Args:
-        centres: float [S, 2] in 0..1.
-
-    Returns:
-        logits of the boxes, float [S, 4], cxcywh, infinite where a box is not usable because it
-        comes too near the border; and whether it is usable, bool [S, 1].
-    """
-    sides = [
-        centres.new_full((height * width, 2), 0.05 * 2**level)
-        for level, (height, width) in enumerate(shapes)
-    ]
-    boxes = torch.cat((centres, torch.cat(sides)), -1)
-    usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1, keepdim=True)
-    return boxes.logit().masked_fill(~usable, torch.inf), usable
+    def move(self, references: Tensor, deltas: Tensor) -> Tensor:
+        """Reference boxes moved in their own sizes; not bounded to 0..1."""
+        # a factor of half precision is coarse, and overflows from exp(11) on
+        deltas = deltas.to(torch.promote_types(deltas.dtype, torch.float32))
+        size = references[..., 2:]
+        centres = deltas[..., :2] * size + references[..., :2]
+        return torch.cat((centres, deltas[..., 2:].exp() * size), -1)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from vitdense.heads.base import Head
@@ -24,15 +25,18 @@ class QueryOutputs:
         logits: float [L, B, Q, C].
         boxes: float [L, B, Q, 4], cxcywh in 0..1 of the canvas.
         canvas: (height, width) in pixels.
-        encoder_logits: float [1, B, S, C], of every cell as a proposal; None without two stages.
-        encoder_boxes: float [1, B, S, 4], like `boxes`.
+        groups: sets of queries that Q consists of; answers come from the first.
+        others: what is trained beside them, by the suffix of its terms: `_encoder` are the
+            proposals of the first stage, `_denoising` the queries made of noisy truth.
+        details: what else is predicted and trained, float [L, B, Q, ...] each.
     """
 
     logits: Tensor
     boxes: Tensor
     canvas: Size
-    encoder_logits: Tensor | None = None
-    encoder_boxes: Tensor | None = None
+    groups: int = 1
+    others: dict[str, Queries] = field(default_factory=dict)
+    details: dict[str, Tensor] = field(default_factory=dict)
 
 
 class QueryHead(Head):
@@ -51,15 +55,11 @@ class QueryHead(Head):
         self.max_detections, self.nms = max_detections, nms
 
     def loss(self, outputs: QueryOutputs, targets: list[Target]) -> dict[str, Tensor]:
-        """`class`, `box` and `giou` of the last layer, `_aux` of earlier ones, `_encoder`."""
-        queries = {"": Queries(outputs.logits, outputs.boxes)}
-        if outputs.encoder_logits is not None and outputs.encoder_boxes is not None:
-            queries["_encoder"] = self.proposals(outputs.encoder_logits, outputs.encoder_boxes)
-        return self.criterion(queries, targets, outputs.canvas)
-
-    def proposals(self, logits: Tensor, boxes: Tensor) -> Queries:
-        """How the first stage is trained: for each cell's class by default."""
-        return Queries(logits, boxes)
+        """`class`, `box` and `giou` of the last layer, `_aux` of earlier ones, and of `others`."""
+        queries = Queries(
+            outputs.logits, outputs.boxes, groups=outputs.groups, details=outputs.details
+        )
+        return self.criterion({"": queries, **outputs.others}, targets, outputs.canvas)
 
     def candidates(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the last layer's logits [B, Q, C] could answer, in any order.
@@ -71,7 +71,8 @@ class QueryHead(Head):
 
     def predict(self, outputs: QueryOutputs, frames: list[Frame]) -> list[Prediction]:
         """The best `max_detections` candidates of each image, best first."""
-        scores, labels, queries = self.candidates(outputs.logits[-1].float())
+        first = outputs.logits.shape[2] // outputs.groups
+        scores, labels, queries = self.candidates(outputs.logits[-1, :, :first].float())
         # a stable sort: topk orders equal scores differently on every device
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         count = self.max_detections if self.nms is None else SUPPRESSED * self.max_detections
@@ -91,3 +92,13 @@ class QueryHead(Head):
             kept = batched_nms(boxes, scores, labels, self.nms)[: self.max_detections]
             scores, labels, boxes = scores[kept], labels[kept], boxes[kept]
         return Prediction(scores=scores, labels=labels, boxes=boxes)
+
+
+class SigmoidQueryHead(QueryHead):
+    """A query head whose classes are independent: every pair of query and class may answer."""
+
+    def candidates(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Every pair of query and class."""
+        scores = logits.sigmoid().flatten(1)
+        pairs = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
+        return scores, pairs % self.num_classes, pairs // self.num_classes

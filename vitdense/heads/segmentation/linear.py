@@ -8,7 +8,8 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
 from vitdense.heads.segmentation.base import SemanticHead, SemanticOutputs, resize
-from vitdense.heads.segmentation.blocks import Classifier, make_norm
+from vitdense.heads.segmentation.blocks import Classifier
+from vitdense.layers.norm import make_norm
 from vitdense.registry import HEADS, Fraction
 from vitdense.structures import Level, Target
 

@@ -1,0 +1,161 @@
+"""AP against minutes: ours and peers trained from scratch for the same wall time, one at a time.
+
+    python -m benchmarks.convergence --data bccd=../shared/data/bccd shapes=data/shapes/... \
+        --peers ../shared/bench/train_detection_peers.py --minutes 10 20 --out runs/convergence
+
+Every run is a process of its own with the same number of threads and its own whole schedule, at
+the same image size and batch size; evaluation is not counted. A finished run is not repeated, so
+the command can be stopped and given again. Results are lines of OUT/results.jsonl, of which
+OUT/convergence.md and OUT/convergence.png are made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+PYRAMID = "model.neck={name: simple_feature_pyramid, channels: 128, scales: [2, 1, 0.5]}"
+OURS = {
+    "ours, PVTv2-B0": [],
+    "ours, plain ViT-Ti": [
+        "model.backbone={name: timm, model: vit_tiny_patch16_224, img_size: 320, "
+        "options: {depth: 6}}",
+        PYRAMID,
+    ],
+    "ours, plain XCiT-N": [
+        "model.backbone={name: timm, model: xcit_nano_12_p16_224}",
+        PYRAMID,
+    ],
+}
+PEERS = ["tv_fasterrcnn", "hf_rtdetrv2", "hf_deformable", "hf_rfdetr"]
+CONFIG = "configs/finetune/detection.yaml"
+
+# the peers' script sets its own number of threads
+DRIVER = (
+    "import runpy, sys, torch; torch.set_num_threads(int(sys.argv[1])); "
+    "torch.set_num_threads = lambda n: None; sys.argv = sys.argv[2:]; "
+    "runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+
+
+def train_ours(name: str, root: Path, minutes: float, folder: Path) -> dict[str, Any]:
+    """One run of ours; returns what `results.json` says."""
+    output = folder / f"{name}-{root.name}-{minutes:g}".replace(" ", "").replace(",", "-")
+    run(
+        [sys.executable, "tools/train.py", CONFIG, *OURS[name], f"data.root={root}",
+         "data.workers=0", f"train.minutes={minutes}", "train.evaluations=1", f"output={output}"],
+        output.with_suffix(".log"),
+    )  # fmt: skip
+    results = json.loads((output / "results.json").read_text())
+    batch = 4
+    return {
+        "AP": results["AP"], "AP50": results["AP50"],
+        "steps": results["step"], "images": results["step"] * batch,
+    }  # fmt: skip
+
+
+def train_peer(
+    name: str, root: Path, minutes: float, folder: Path, script: Path, threads: int
+) -> dict[str, Any]:
+    """One run of a peer; returns the line that its script prints."""
+    log = folder / f"{name}-{root.name}-{minutes:g}.log"
+    printed = run(
+        [sys.executable, "-c", DRIVER, str(threads), str(script), name, str(root),
+         str(round(minutes * 60))],
+        log,
+    )  # fmt: skip
+    line = json.loads(printed.strip().splitlines()[-1])
+    return {key: line[key] for key in ("AP", "AP50", "steps", "images")}
+
+
+def run(command: list[str], log: Path) -> str:
+    """Standard output of a command; what it says besides goes into `log`."""
+    with log.open("w") as file:
+        return subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, stderr=file, text=True
+        ).stdout
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The results as markdown: a row for each model, a column for each data set and time."""
+    columns = sorted({(r["data"], r["minutes"]) for r in results})
+    found = {(r["model"], r["data"], r["minutes"]): r for r in results}
+    head = ["model", *(f"{data}, {minutes:g} min" for data, minutes in columns)]
+    lines = [head, ["---"] * len(head)]
+    for model in [*OURS, *PEERS]:
+        cells = [found.get((model, *column)) for column in columns]
+        if any(cells):
+            texts = [
+                f"AP {r['AP']:.3f}, AP50 {r['AP50']:.3f} ({r['images']} images)" if r else ""
+                for r in cells
+            ]
+            lines.append([model, *texts])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """AP against minutes, a panel for each data set."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = sorted({r["data"] for r in results})
+    figure, axes = pyplot.subplots(1, len(names), figsize=(6 * len(names), 4), squeeze=False)
+    for axis, data in zip(axes[0], names, strict=True):
+        for model in [*OURS, *PEERS]:
+            points = sorted(
+                (r["minutes"], r["AP"]) for r in results if (r["model"], r["data"]) == (model, data)
+            )
+            if points:
+                style = "o-" if model in OURS else "s--"
+                axis.plot(*zip(*points, strict=True), style, label=model)
+        axis.set(title=data, xlabel="minutes of training, one thread", ylabel="AP", ylim=(0, None))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", nargs="+", required=True, metavar="NAME=ROOT")
+    parser.add_argument("--peers", type=Path, help="the peers' training script; none: ours alone")
+    parser.add_argument("--minutes", nargs="+", type=float, default=[10.0, 20.0])
+    parser.add_argument("--models", nargs="+", choices=[*OURS, *PEERS], default=[*OURS, *PEERS])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("runs/convergence"))
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / "results.jsonl"
+    results = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    done = {(r["model"], r["data"], r["minutes"]) for r in results}
+    for minutes in options.minutes:
+        for name, _, root in (text.partition("=") for text in options.data):
+            for model in options.models:
+                if (model, name, minutes) in done or (model in PEERS and not options.peers):
+                    continue
+                print(f"{name}, {minutes:g} min: {model}", flush=True)
+                if model in OURS:
+                    found = train_ours(model, Path(root), minutes, options.out)
+                else:
+                    found = train_peer(
+                        model, Path(root), minutes, options.out, options.peers, options.threads
+                    )
+                results.append({"model": model, "data": name, "minutes": minutes, **found})
+                with file.open("a") as lines:
+                    lines.write(json.dumps(results[-1]) + "\n")
+    text = table(results)
+    (options.out / "convergence.md").write_text(text)
+    plot(results, options.out / "convergence.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

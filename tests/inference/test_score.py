@@ -1,0 +1,269 @@
+"""`vitdense score` gives the numbers of the official programs and of the metrics in training."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vitdense.cli import main
+from vitdense.data.base import DataError
+from vitdense.data.coco import CocoDataset
+from vitdense.inference.outputs import coco_results
+from vitdense.inference.score import score
+from vitdense.metrics.coco import CocoMetric
+from vitdense.metrics.miou import MeanIoU
+from vitdense.structures import Batch, Frame, Prediction, Target
+
+SHARED = Path(__file__).parents[3] / "shared/data"
+COCO_OPEN = SHARED / "coco_open/annotations"
+needs_coco = pytest.mark.skipif(not COCO_OPEN.exists(), reason="the real data is not here")
+
+
+def shifted(truth: dict[str, Any], seed: int = 0) -> list[dict[str, Any]]:
+    """Results near the truth: boxes moved, masks as wide as the boxes."""
+    from pycocotools import mask
+
+    sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
+    rng = np.random.default_rng(seed)
+    results = []
+    for entry in truth["annotations"]:
+        x, y, w, h = (np.array(entry["bbox"]) + rng.normal(0, 2, 4)).round(2).tolist()
+        x, y, w, h = max(x, 0.0), max(y, 0.0), max(w, 1.0), max(h, 1.0)
+        ring = [x, y, x + w, y, x + w, y + h, x, y + h]
+        rle = mask.frPyObjects([ring], *sizes[entry["image_id"]])[0]
+        results.append(
+            {
+                "image_id": entry["image_id"],
+                "category_id": entry["category_id"],
+                "bbox": [x, y, w, h],
+                "segmentation": {**rle, "counts": rle["counts"].decode()},
+                "score": round(float(rng.random()), 3),
+            }
+        )
+    return results
+
+
+@needs_coco
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_detections_equal_pycocotools_on_the_same_files(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    path = COCO_OPEN / "instances_val.json"
+    results = shifted(json.loads(path.read_text()))
+    found, out = tmp_path / "results.json", tmp_path / "out.json"
+    found.write_text(json.dumps(results))
+    call = ["score", "--kind", kind, "--truth", str(path), "--predictions", str(found)]
+    assert main([*call, "--json", str(out)]) == 0
+    assert "person" in capsys.readouterr().out
+    numbers = json.loads(out.read_text())
+
+    if kind == "segm":  # with boxes, pycocotools takes the area of the box
+        for result in results:
+            del result["bbox"]
+        found.write_text(json.dumps(results))
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(path))
+        theirs = COCOeval(truth, truth.loadRes(str(found)), kind)
+        theirs.evaluate()
+        theirs.accumulate()
+        theirs.summarize()
+    assert [value for name, value in numbers.items() if "/" not in name] == pytest.approx(
+        theirs.stats.tolist(), abs=1e-12
+    )
+    assert 0.1 < numbers["AP"] < 0.95
+
+
+@needs_coco
+def test_panoptic_truth_is_its_own_best_prediction(tmp_path: Path) -> None:
+    path = COCO_OPEN / "panoptic_val.json"
+    numbers = score("panoptic", path, path, json_path=tmp_path / "out.json")
+    assert numbers["PQ"] == numbers["SQth"] == numbers["RQst"] == 1.0
+    content = json.loads(path.read_text())
+    for annotation in content["annotations"]:  # a crowd's own name must not matter
+        for info in annotation["segments_info"]:
+            info["iscrowd"] = 0
+    changed = tmp_path / "panoptic_val.json"
+    changed.write_text(json.dumps(content))
+    (tmp_path / "panoptic_val").symlink_to(COCO_OPEN / "panoptic_val")
+    assert score("panoptic", path, changed)["PQ"] == 1.0
+
+
+def write_panoptic(path: Path, maps: dict[int, np.ndarray], categories: dict[int, int]) -> None:
+    """Segments by id; each of the category that is given for it."""
+    path.with_suffix("").mkdir()
+    annotations = []
+    for image_id, ids in maps.items():
+        colors = np.stack([ids % 256, ids // 256 % 256, ids // 65536], 2).astype(np.uint8)
+        Image.fromarray(colors).save(path.with_suffix("") / f"{image_id}.png")
+        infos = [{"id": int(i), "category_id": categories[int(i)]} for i in np.unique(ids) if i]
+        annotations.append(
+            {"image_id": image_id, "file_name": f"{image_id}.png", "segments_info": infos}
+        )
+    kinds = [{"id": 3, "name": "cat", "isthing": 1}, {"id": 9, "name": "sky", "isthing": 0}]
+    path.write_text(json.dumps({"annotations": annotations, "categories": kinds}))
+
+
+def test_panoptic_by_hand_and_its_faults(tmp_path: Path) -> None:
+    truth, answers = tmp_path / "truth.json", tmp_path / "answers.json"
+    there = np.array([[0, 300, 300, 300], [70000, 70000, 70000, 70000]])
+    found = np.array([[5, 5, 5, 5], [6, 6, 6, 7]])
+    write_panoptic(truth, {1: there}, {300: 3, 70000: 9})
+    write_panoptic(answers, {1: found}, {5: 3, 6: 9, 7: 3})
+    numbers = score("panoptic", truth, answers)
+    assert numbers["PQ/cat"] == pytest.approx(1 / 1.5)  # void does not count, 7 is wrong
+    assert numbers["PQ/sky"] == pytest.approx(0.75)
+    assert numbers["PQ"] == pytest.approx((numbers["PQth"] + numbers["PQst"]) / 2)
+    content = json.loads(answers.read_text())
+    content["annotations"][0]["segments_info"].pop()
+    answers.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"1.png: segment 7 is in the map only"):
+        score("panoptic", truth, answers)
+    content["annotations"] = []
+    answers.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"answers.json: has no prediction for image 1"):
+        score("panoptic", truth, answers)
+
+
+def test_label_maps(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    (tmp_path / "classes.txt").write_text("a\nb\nc\n")
+    for folder in ("truth", "found"):
+        (tmp_path / folder).mkdir()
+    metric = MeanIoU(["a", "b", "c"])
+    for name in ("1", "2"):
+        there = generator.integers(0, 4, (6, 9)).astype(np.uint8)
+        answer = generator.integers(1, 4, (6, 9)).astype(np.uint8)
+        Image.fromarray(there).save(tmp_path / f"truth/{name}.png")
+        Image.fromarray(answer).save(tmp_path / f"found/{name}.png")
+        target = Target(semantic=torch.from_numpy(np.where(there == 0, 255, there - 1)))
+        prediction = Prediction(semantic=torch.from_numpy(answer).long() - 1)
+        frame = Frame((6, 9), (6, 9), (6, 9))
+        batch = Batch(torch.zeros(1), [target], [frame], [name], [Path(name)])
+        metric.update([prediction], batch)
+    assert score("semantic", tmp_path / "truth", tmp_path / "found") == metric.compute()
+    Image.fromarray(np.full((6, 9), 4, np.uint8)).save(tmp_path / "found/2.png")
+    with pytest.raises(DataError, match=r"found.2.png: class 3 was predicted, .* one higher"):
+        score("semantic", tmp_path / "truth", tmp_path / "found")
+    (tmp_path / "found/2.png").unlink()
+    with pytest.raises(DataError, match=r"found.2.png"):
+        score("semantic", tmp_path / "truth", tmp_path / "found")
+
+
+def coco_truth(path: Path) -> dict[str, Any]:
+    truth = {
+        "images": [{"id": 1, "height": 20, "width": 30}],
+        "categories": [{"id": 4, "name": "a"}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 4, "bbox": [1, 1, 8, 8], "area": 64}
+        ],
+    }
+    path.write_text(json.dumps(truth))
+    return truth
+
+
+def test_unknown_categories_are_left_out_and_unknown_images_are_faults(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    truth, found = tmp_path / "truth.json", tmp_path / "found.json"
+    coco_truth(truth)
+    good = {"image_id": 1, "category_id": 4, "bbox": [1, 1, 8, 8], "score": 0.5}
+    found.write_text(json.dumps([good, {**good, "category_id": 5, "score": 0.9}]))
+    numbers = score("bbox", truth, found)
+    assert numbers["AP"] == pytest.approx(1) and math.isnan(numbers["APl"])
+    assert "1 of 2 detections are of categories" in caplog.text
+    capped = score("bbox", truth, found, max_detections=300)
+    assert capped["AR300"] == pytest.approx(1)
+    with pytest.raises(ValueError, match="^max_detections: must be above 10"):
+        score("bbox", truth, found, max_detections=10)
+    found.write_text(json.dumps([{**good, "image_id": 2}]))
+    with pytest.raises(DataError, match="found.json: a detection is of image 2, which .*truth"):
+        score("bbox", truth, found)
+    found.write_text("[]")
+    assert score("bbox", truth, found)["AP"] == 0
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_what_predict_writes_scores_as_in_training(kind: str, tmp_path: Path) -> None:
+    """From the data set through the metric, and from the same files through `score`."""
+    generator = torch.Generator().manual_seed(0)
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "val").mkdir()
+    truth: dict[str, Any] = {
+        "images": [
+            {"id": 9 - i, "file_name": f"{i}.png", "height": 40, "width": 60} for i in range(5)
+        ],
+        "categories": [{"id": 4, "name": "a"}, {"id": 2, "name": "b"}],
+        "annotations": [],
+    }
+    for image in truth["images"]:
+        Image.new("RGB", (60, 40)).save(tmp_path / "val" / image["file_name"])
+        for number in range(4):
+            x, y, w, h = torch.randint(1, 20, (4,), generator=generator).tolist()
+            entry = {"id": len(truth["annotations"]) + 1, "image_id": image["id"]}
+            entry |= {"category_id": 2 + 2 * (number % 2), "iscrowd": int(number == 3)}
+            entry |= {"bbox": [x, y, w, h], "area": w * h}
+            entry["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+            truth["annotations"].append(entry)
+    path = tmp_path / "annotations/instances_val.json"
+    path.write_text(json.dumps(truth))
+    data = CocoDataset(tmp_path, "val", masks=kind == "segm")
+    metric = CocoMetric(data.classes, iou_type=kind)  # type: ignore[arg-type]
+    results = []
+    for sample in (data[index] for index in range(len(data))):
+        noise = torch.randn(4, 4, generator=generator)
+        scores = torch.rand(4, generator=generator).clamp(min=0.01).sort(descending=True)[0]
+        masks = None if sample.target.masks is None else sample.target.masks.roll(1, 2)
+        prediction = Prediction(scores, sample.target.labels, sample.target.boxes + noise, masks)
+        frame = Frame(sample.original, sample.original, sample.original)
+        batch = Batch(
+            sample.image[None], [sample.target], [frame], [sample.image_id], [sample.path]
+        )
+        metric.update([prediction], batch)
+        results += coco_results(prediction, sample.image_id, data.category_ids)
+    found = tmp_path / "predictions.json"
+    found.write_text(json.dumps(results))
+    numbers = metric.compute()
+    assert score(kind, path, found) == pytest.approx(numbers, abs=0, nan_ok=True)  # type: ignore[arg-type]
+    assert 0.02 < numbers["AP"] < 0.98
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "fault"),
+    [
+        (None, "missing or empty"),
+        ([], "missing or empty"),
+        ({"size": [30, 20], "counts": "0"}, r"size \[30, 20\] is not its image's \[20, 30\]"),
+        ({"counts": "0"}, "is wrong"),
+        ({"size": [20, 30], "counts": "5"}, "RLE number 0 does not cover"),
+    ],
+)
+def test_wrong_masks_are_named(tmp_path: Path, segmentation: Any, fault: str) -> None:
+    truth, found = tmp_path / "truth.json", tmp_path / "found.json"
+    content = coco_truth(truth)
+    content["annotations"][0]["segmentation"] = [[1, 1, 9, 1, 9, 9, 1, 9]]
+    truth.write_text(json.dumps(content))
+    entry = {"image_id": 1, "category_id": 4, "segmentation": segmentation, "score": 0.5}
+    found.write_text(json.dumps([entry]))
+    with pytest.raises(DataError, match=rf"found.json: .*{fault}"):
+        score("segm", truth, found)
+
+
+def test_the_command_reports_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call = ["score", "--kind", "bbox", "--truth", str(tmp_path / "no.json"), "--predictions", "x"]
+    assert main(call) == 1
+    assert "no.json: cannot be read" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["score", "--kind", "segn", "--truth", "x", "--predictions", "y"])
+    assert "--kind has no choice 'segn'. Did you mean 'segm'?" in capsys.readouterr().err

@@ -1,0 +1,115 @@
+"""Two processes, each with its share of the images, give the numbers of one that has seen all."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vitdense.metrics.coco import CocoMetric
+from vitdense.metrics.processes import share
+from vitdense.structures import Batch, Frame, Prediction, Target
+
+IMAGES, SIZE = 7, (24, 36)
+
+
+def masks_of(generator: torch.Generator, count: int) -> torch.Tensor:
+    masks = torch.zeros(count, *SIZE, dtype=torch.bool)
+    for mask in masks:
+        y, x, h, w = torch.randint(1, 12, (4,), generator=generator).tolist()
+        mask[y : y + h, x : x + 2 * w] = True
+    return masks
+
+
+def objects_of(image: int) -> tuple[Target, Prediction]:
+    """Truth and a prediction of half its objects and some others, drawn from the image's number."""
+    generator = torch.Generator().manual_seed(image)
+    truth = masks_of(generator, image)
+    found = torch.cat([truth[::2].roll(1, 1), masks_of(generator, 4)])
+    boxes = torch.zeros(len(truth) + len(found), 4)
+    labels = torch.randint(2, (len(boxes),), generator=generator)
+    labels[image : image + len(truth[::2])] = labels[:image:2]
+    for index, mask in enumerate(torch.cat([truth, found])):
+        y, x = mask.nonzero().T
+        boxes[index] = torch.tensor([x.min(), y.min(), x.max() + 1, y.max() + 1])
+    scores = torch.randint(1, 4, (len(found),), generator=generator).sort(descending=True)[0] / 4
+    return (
+        Target(labels=labels[:image], boxes=boxes[:image], masks=truth),
+        Prediction(scores, labels[image:], boxes[image:], found),
+    )
+
+
+def numbers_of(images: list[int], iou_type: str, backend: str = "device") -> dict[str, float]:
+    metric = CocoMetric(["a", "b"], iou_type=iou_type, backend=backend)  # type: ignore[arg-type]
+    for image in images:
+        target, prediction = objects_of(image)
+        batch = Batch(
+            torch.zeros(1, 3, 1, 1), [target], [Frame(SIZE, SIZE, SIZE)], [image], [Path()]
+        )
+        metric.update([prediction], batch)
+    return metric.compute()
+
+
+PROCESS = """
+import importlib.util, json, sys, torch
+spec = importlib.util.spec_from_file_location("shared", sys.argv[1])
+shared = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(shared)
+rank, meeting = int(sys.argv[2]), sys.argv[3]
+torch.set_num_threads(1)
+torch.distributed.init_process_group(
+    "gloo", init_method=f"file://{meeting}", rank=rank, world_size=2
+)
+images = [[6, 0, 2, 4], [1, 3, 5, 6, 0]][rank]
+sent = []
+gather = torch.distributed.all_gather_object
+def spy(values, value):
+    sent.append(value)
+    gather(values, value)
+torch.distributed.all_gather_object = spy
+found = {}
+for kind in ("bbox", "segm"):
+    found[kind] = shared.numbers_of(images, kind)
+    assert set(sent[1]) == {
+        "images", "labels", "ranks", "scores", "matched", "ignored", "positives"
+    }
+    sent.clear()
+found["program"] = shared.numbers_of(images, "segm", "pycocotools")
+found["nothing here"] = shared.numbers_of([[], [1, 3]][rank], "segm")
+print(json.dumps(found))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, __file__, str(rank), str(tmp_path / "meeting")],
+            cwd=Path(__file__).parents[2],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [json.loads(worker.communicate(timeout=240)[0]) for worker in workers]
+    everything = list(range(IMAGES))
+    for output in outputs:
+        for kind in ("bbox", "segm"):
+            assert output[kind] == pytest.approx(numbers_of(everything, kind), nan_ok=True)
+        assert output["program"] == pytest.approx(output["segm"], nan_ok=True, abs=1e-12)
+        assert output["nothing here"] == pytest.approx(numbers_of([1, 3], "segm"), nan_ok=True)
+    assert 0.05 < outputs[0]["segm"]["AP"] < 0.95
+
+
+def test_an_image_belongs_to_the_lowest_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = [[10, 2], [2, 9, "b"], ["a", 10]]
+    monkeypatch.setattr("vitdense.metrics.processes.gather", lambda ids: shares)
+    placed = []
+    for rank, ids in enumerate(shares):
+        monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
+        placed.append(share(ids))
+    assert placed == [[2, 0], [-1, 1, 4], [3, -1]]

@@ -1,0 +1,83 @@
+"""Which classes a source knows, and which of its rows are theirs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+COCO = {
+    1: "person", 2: "bicycle", 3: "car", 4: "motorcycle", 5: "airplane", 6: "bus", 7: "train",
+    8: "truck", 9: "boat", 10: "traffic light", 11: "fire hydrant", 13: "stop sign",
+    14: "parking meter", 15: "bench", 16: "bird", 17: "cat", 18: "dog", 19: "horse", 20: "sheep",
+    21: "cow", 22: "elephant", 23: "bear", 24: "zebra", 25: "giraffe", 27: "backpack",
+    28: "umbrella", 31: "handbag", 32: "tie", 33: "suitcase", 34: "frisbee", 35: "skis",
+    36: "snowboard", 37: "sports ball", 38: "kite", 39: "baseball bat", 40: "baseball glove",
+    41: "skateboard", 42: "surfboard", 43: "tennis racket", 44: "bottle", 46: "wine glass",
+    47: "cup", 48: "fork", 49: "knife", 50: "spoon", 51: "bowl", 52: "banana", 53: "apple",
+    54: "sandwich", 55: "orange", 56: "broccoli", 57: "carrot", 58: "hot dog", 59: "pizza",
+    60: "donut", 61: "cake", 62: "chair", 63: "couch", 64: "potted plant", 65: "bed",
+    67: "dining table", 70: "toilet", 72: "tv", 73: "laptop", 74: "mouse", 75: "remote",
+    76: "keyboard", 77: "cell phone", 78: "microwave", 79: "oven", 80: "toaster", 81: "sink",
+    82: "refrigerator", 84: "book", 85: "clock", 86: "vase", 87: "scissors", 88: "teddy bear",
+    89: "hair drier", 90: "toothbrush",
+}  # fmt: skip
+"""COCO's categories by id; the ids have gaps."""
+
+OTHER_NAMES = {
+    "motorbike": "motorcycle",
+    "aeroplane": "airplane",
+    "sofa": "couch",
+    "pottedplant": "potted plant",
+    "diningtable": "dining table",
+    "tvmonitor": "tv",
+    "hair dryer": "hair drier",
+}
+"""What some models call COCO's categories."""
+
+UNUSED = {"", "n/a", "none", "background", "no-object"}
+"""Labels that stand for no class."""
+
+
+@dataclass(frozen=True, slots=True)
+class Classes:
+    """The classes that are kept.
+
+    Attributes:
+        names, category_ids: of each, in order.
+        rows: the row of each in the source's classifiers.
+        count: rows that the source's classifiers have for classes, the unused ones included, but
+            not those behind them for "no object".
+    """
+
+    names: list[str]
+    category_ids: list[int]
+    rows: list[int]
+    count: int
+
+
+def from_labels(config: dict[str, Any], count: int | None = None) -> Classes:
+    """From `id2label` in a config of transformers; COCO's get their usual names and ids.
+
+    Args:
+        count: rows of the classifiers, where they are not one for each label.
+    """
+    labels = config.get("id2label") or {i: f"LABEL_{i}" for i in range(count or 2)}
+    labels = {int(i): str(name) for i, name in labels.items()}
+    kept = {i: name for i, name in sorted(labels.items()) if name.strip().lower() not in UNUSED}
+    rows = list(kept)
+    names = [OTHER_NAMES.get(name, name) for name in kept.values()]
+    if names == list(COCO.values()):
+        return Classes(names, list(COCO), rows, count or max(labels) + 1)
+    return Classes(list(kept.values()), rows, rows, count or max(labels) + 1)
+
+
+def from_count(count: int) -> Classes:
+    """For a source that says no names: COCO's if it has 80, 90 or 91 rows, else numbers."""
+    if count == len(COCO):
+        return Classes(list(COCO.values()), list(COCO), list(range(count)), count)
+    if count == 90:  # the ids without 0
+        return Classes(list(COCO.values()), list(COCO), [i - 1 for i in COCO], count)
+    if count == 91:
+        return Classes(list(COCO.values()), list(COCO), list(COCO), count)
+    numbers = list(range(count))
+    return Classes([f"class {i}" for i in numbers], numbers, numbers, count)

@@ -1,0 +1,113 @@
+"""What `rtdetr` and `dino` share after their encoders: proposals, denoising, decoder."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vitdense.heads.detection.deformable_transformer import Predictor
+from vitdense.heads.detection.denoising import Denoising, NoisyQueries
+from vitdense.heads.detection.proposals import FirstStage, Proposals, cell_anchors
+from vitdense.heads.detection.queries import QueryOutputs, SigmoidQueryHead
+from vitdense.losses.matcher import Truths
+from vitdense.losses.set_criterion import Queries
+from vitdense.structures import Level, Size, Target
+
+
+class TwoStageHead(SigmoidQueryHead):
+    """Queries start from the best cells of an encoder, beside others that restore noisy truth.
+
+    Subclasses set `criterion` and give the cells of their encoder to `decode`.
+
+    Args:
+        width: of cells and queries.
+        queries: how many are selected.
+        decoder: of the queries; it gives logits and boxes, or `Queries` with more details.
+        denoising: makes noisy queries in training; None for none.
+        two_stage: references are the boxes of the best cells; else they are learned.
+        learned_content: what queries start as is learned; else it is what their cells hold.
+    """
+
+    def __init__(
+        self,
+        levels: list[Level],
+        num_classes: int,
+        max_detections: int,
+        nms: float | None,
+        *,
+        width: int,
+        queries: int,
+        decoder: nn.Module,
+        denoising: Denoising | None,
+        two_stage: bool = True,
+        learned_content: bool = False,
+    ) -> None:
+        super().__init__(levels, num_classes, max_detections, nms)
+        self.num_queries = queries
+        self.decoder = decoder
+        self.denoising = denoising
+        self.first_stage = FirstStage(width, Predictor(width, num_classes)) if two_stage else None
+        self.references = None if two_stage else _LearnedReferences(queries)
+        learned = learned_content or not two_stage
+        self.contents = nn.Embedding(queries, width) if learned else None
+        if self.contents is not None:
+            nn.init.xavier_uniform_(self.contents.weight)
+
+    def decode(
+        self, memory: Tensor, shapes: list[Size], canvas: Size, targets: list[Target] | None
+    ) -> QueryOutputs:
+        """Outputs for the cells [B, S, width] of all levels; `targets` make noisy queries."""
+        others: dict[str, Queries] = {}
+        queries, references, best = self._start(memory, shapes)
+        if best is not None:
+            others["_encoder"] = Queries(best.logits[None], best.boxes[None])
+        noisy = self._noisy(targets, canvas)
+        mask = None
+        if noisy is not None:
+            mask = noisy.mask(queries.shape[1])
+            queries = torch.cat((noisy.queries.to(queries.dtype), queries), 1)
+            references = torch.cat((noisy.references.to(references.dtype), references), 1)
+        decoded = self.decoder(queries, references, memory, shapes, mask=mask)
+        if not isinstance(decoded, Queries):
+            decoded = Queries(*decoded)
+        if noisy is not None:
+            others["_denoising"], decoded = noisy.split(decoded)
+        return QueryOutputs(
+            decoded.logits, decoded.boxes, canvas, others=others, details=decoded.details
+        )
+
+    def _start(self, memory: Tensor, shapes: list[Size]) -> tuple[Tensor, Tensor, Proposals | None]:
+        """Contents [B, Q, width] and references [B, Q, 4] of the queries, and the best cells."""
+        batch, best = len(memory), None
+        if self.first_stage is not None:
+            # like a parameter: under autocast the cells are too coarse for places
+            anchors = cell_anchors(shapes, self.first_stage.predictor.classes.weight)
+            best = self.first_stage.best(memory, *anchors, self.num_queries)
+            references = best.boxes.detach()
+        else:
+            assert self.references is not None
+            references = self.references().expand(batch, -1, -1)
+        if self.contents is None:
+            assert best is not None
+            return best.cells.detach(), references, best
+        # a small image may have fewer cells than there are queries
+        contents = self.contents.weight[: references.shape[1]]
+        return contents.expand(batch, -1, -1), references, best
+
+    def _noisy(self, targets: list[Target] | None, canvas: Size) -> NoisyQueries | None:
+        if self.denoising is None or targets is None or not self.training:
+            return None
+        return self.denoising(Truths.from_targets(targets, canvas))
+
+
+class _LearnedReferences(nn.Module):
+    """Boxes that do not depend on the image: first at random, a fifth of it wide and high."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        boxes = torch.cat((torch.rand(count, 2), torch.full((count, 2), 0.2)), 1)
+        self.logits = nn.Parameter(boxes.logit(eps=1e-3))
+
+    def forward(self) -> Tensor:
+        """float [1, count, 4], cxcywh in 0..1."""
+        return self.logits.sigmoid()[None]

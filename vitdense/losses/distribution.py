@@ -1,0 +1,140 @@
+"""Losses of boxes whose edges are distributions over bins (Peng et al. 2025, D-FINE)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitdense.losses.classification import ClassLoss
+from vitdense.losses.matcher import Truths, full_precision
+from vitdense.losses.set_criterion import Queries, SetCriterion
+from vitdense.ops.boxes import cxcywh_to_xyxy, overlaps
+
+TEMPERATURE = 5.0
+"""Softens the distributions that layers learn from the last one."""
+
+
+class DistributionCriterion(SetCriterion):
+    """The set criterion with two terms for queries whose `details` hold distributions.
+
+    `edges` float [L, B, Q, 4, N + 1] are logits over bins for left, top, right and bottom, and
+    `origins` float [L, B, Q, 4] the boxes (cxcywh) that they move. The first layer has none yet.
+    `fgl` (fine-grained localization) makes the bins on both sides of the true distance likely;
+    `ddf` (decoupled distillation) makes all layers agree with the last.
+
+    Args:
+        distances: of the bins, in the unit of `edge_distances`, rising.
+        scale: of that unit.
+    """
+
+    def __init__(
+        self,
+        class_loss: ClassLoss,
+        *,
+        distances: list[float],
+        scale: float,
+        class_cost: float,
+        class_weight: float,
+        fgl_weight: float = 0.15,
+        ddf_weight: float = 1.5,
+    ) -> None:
+        super().__init__(class_loss, class_cost=class_cost, class_weight=class_weight)
+        self.distances, self.scale = distances, scale
+        self.weights |= {"fgl": fgl_weight, "ddf": ddf_weight}
+
+    def terms(
+        self, queries: Queries, truths: Truths, matches: Tensor, normalizer: Tensor
+    ) -> dict[str, Tensor]:
+        """Those of the set criterion, and `fgl` and `ddf` where there are distributions."""
+        terms = super().terms(queries, truths, matches, normalizer)
+        if not queries.details:
+            return terms
+        edges = full_precision(queries.details["edges"])
+        origins = full_precision(queries.details["origins"])
+        index, found = matches.clamp(min=0), matches >= 0
+        truth = cxcywh_to_xyxy(truths.boxes.to(edges.dtype))
+        boxes = full_precision(queries.boxes).detach()
+        iou, _ = overlaps(cxcywh_to_xyxy(pick(boxes, index)), truth)
+        quality = iou * found
+        # the predictions of the first layer, for each group, have no distributions
+        later = (torch.arange(len(edges), device=edges.device) >= queries.groups).to(edges.dtype)
+        targets = edge_distances(pick(origins, index), truth, self.scale)
+        bins = torch.tensor(self.distances, dtype=edges.dtype).to(edges.device, non_blocking=True)
+        fgl = between_bins(pick(edges, index), targets, bins).sum(-1) * quality
+        logits = full_precision(queries.logits)
+        ddf = distillation(edges, logits, index, found, quality, queries.groups)
+        return terms | {"fgl": later * fgl.sum((1, 2)) / normalizer, "ddf": later * ddf}
+
+
+def pick(values: Tensor, index: Tensor) -> Tensor:
+    """Values [L, B, Q, ...] of the queries [L, B, T], as [L, B, T, ...]."""
+    shape = (*index.shape, *values.shape[3:])
+    return values.gather(2, index[(...,) + (None,) * (values.ndim - 3)].expand(shape))
+
+
+def edge_distances(origins: Tensor, boxes: Tensor, scale: float) -> Tensor:
+    """How far edges lie outside of those of the origins, in widths and heights over `scale`.
+
+    Args:
+        origins: float [..., 4], cxcywh; boxes: float [..., 4], xyxy.
+
+    Returns:
+        float [..., 4] for left, top, right and bottom.
+    """
+    centre, size = origins.chunk(2, -1)
+    unit = size.clamp(min=1e-16) / scale
+    before, after = (centre - boxes[..., :2]) / unit, (boxes[..., 2:] - centre) / unit
+    return torch.cat((before, after), -1) - scale / 2
+
+
+def between_bins(logits: Tensor, targets: Tensor, bins: Tensor) -> Tensor:
+    """Cross-entropy to the two bins around each target, by how near each is.
+
+    Args:
+        logits: float [..., N + 1]; targets: float [...]; bins: float [N + 1], rising.
+
+    Returns:
+        float [...]; targets beyond all bins belong to the last of them.
+    """
+    below = (torch.bucketize(targets, bins, right=True) - 1).clamp(0, len(bins) - 2)
+    low, high = bins[below], bins[below + 1]
+    share = ((targets - low) / (high - low)).clamp(0, 1)
+    chances = logits.log_softmax(-1)
+    near = chances.gather(-1, torch.stack((below, below + 1), -1))
+    return -(near[..., 0] * (1 - share) + near[..., 1] * share)
+
+
+def distillation(
+    edges: Tensor, logits: Tensor, index: Tensor, found: Tensor, quality: Tensor, groups: int
+) -> Tensor:
+    """Divergence of every layer's distributions from the last one's, float [L].
+
+    Matched queries count by their IoU, the others by the last layer's score; the means over both
+    kinds are weighed by the roots of their numbers.
+
+    Args:
+        edges: float [L, B, Q, 4, N + 1]; logits: float [L, B, Q, C].
+        index, found, quality: query, whether there is one, and IoU of each truth, [L, B, T].
+        groups: so many rows of L in a row are one layer.
+    """
+    teacher, scores = (
+        x.detach()[-groups:].repeat(len(x) // groups, *[1] * (x.ndim - 1)) for x in (edges, logits)
+    )
+    divergence = F.kl_div(
+        (edges / TEMPERATURE).log_softmax(-1),
+        (teacher / TEMPERATURE).log_softmax(-1),
+        reduction="none",
+        log_target=True,
+    ).sum((-1, -2))
+    places = torch.where(found, index, edges.shape[2])  # truths without a query: behind the end
+    weights = F.pad(scores.sigmoid().amax(-1), (0, 1)).scatter(2, places, quality)[..., :-1]
+    matched = F.pad(torch.zeros_like(weights), (0, 1)).scatter(2, places, 1.0)[..., :-1]
+    losses = TEMPERATURE**2 * weights * divergence / 4  # a mean over the edges
+    total = torch.zeros(len(edges), dtype=edges.dtype, device=edges.device)
+    share = torch.zeros_like(total)
+    for kind in (matched, 1 - matched):
+        count = kind.sum((1, 2))
+        total = total + (losses * kind).sum((1, 2)) / count.clamp(min=1).sqrt()
+        share = share + count.sqrt()
+    return total / share.clamp(min=1)

@@ -1,0 +1,73 @@
+"""The objects of many images in flat tensors, as the matching takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vitdense.ops import run_length
+from vitdense.ops.run_length import RunLengths
+
+
+@dataclass(slots=True)
+class Objects:
+    """Objects of many images: truth or detections, in the order of their files.
+
+    Attributes:
+        images: int64 [N], index of the image.
+        labels: int64 [N], classes 0..C-1.
+        boxes: float64 [N, 4], x, y, width and height in original pixels, as in COCO's files.
+        areas: float64 [N], square pixels, chooses the area range.
+        scores: float64 [N]; of truth 1.
+        crowd: bool [N], regions that are ignored; of detections False.
+        rows: int64 [N], which of `masks` is the object's.
+        masks: the masks where they are compared; they stay where they are when objects are sorted.
+    """
+
+    images: Tensor
+    labels: Tensor
+    boxes: Tensor
+    areas: Tensor
+    scores: Tensor
+    crowd: Tensor
+    rows: Tensor
+    masks: RunLengths | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def select(self, index: Tensor) -> Objects:
+        """Those at int64 positions, in their order."""
+        return replace(self, **{name: getattr(self, name)[index] for name in _TENSORS})
+
+    def to(self, device: torch.device | str) -> Objects:
+        """The same on a device."""
+        moved = {name: getattr(self, name).to(device) for name in _TENSORS}
+        return replace(self, **moved, masks=self.masks and self.masks.to(device))
+
+
+_TENSORS = ("images", "labels", "boxes", "areas", "scores", "crowd", "rows")
+
+
+def join(parts: Sequence[Objects]) -> Objects:
+    """All objects of several; of none, none."""
+    if not parts:
+        return empty()
+    columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS}
+    masks = [part.masks for part in parts if part.masks is not None]
+    if len(masks) < len(parts):
+        return replace(parts[0], **columns, masks=None)
+    sizes = torch.tensor([len(its) for its in masks]).cumsum(0).tolist()
+    rows = [part.rows + before for part, before in zip(parts, [0, *sizes], strict=False)]
+    columns["rows"] = torch.cat(rows)
+    return replace(parts[0], **columns, masks=run_length.join(masks))
+
+
+def empty() -> Objects:
+    """No objects."""
+    none, whole = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
+    masks = RunLengths(whole.int(), whole.new_zeros(1), whole.reshape(0, 2))
+    return Objects(whole, whole, none.reshape(0, 4), none, none, none.bool(), whole, masks)
