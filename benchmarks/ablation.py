@@ -26,6 +26,7 @@ LWDETR = "model.head={name: lwdetr, width: 96, heads: 4, cross_heads: 4, ffn: 25
 VARIANTS: dict[str, list[str]] = {
     "the recipe": [],
     "learned queries, no first stage": ["model.head.two_stage=false"],
+    "first stage trained on all cells": ["model.head.train_all_cells=true"],
     "no denoising": ["model.head.denoising=0"],
     "varifocal loss": ["model.head.class_loss=varifocal"],
     "focal loss": ["model.head.class_loss=focal"],
@@ -68,7 +69,7 @@ def step_costs(variants: list[str], rounds: int = 7) -> dict[str, float]:
 
 def train(variant: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
     """One run; what `results.json` says."""
-    output = folder / f"{list(VARIANTS).index(variant)}-{seed}-{steps}"
+    output = folder / f"{variant}-{seed}-{steps}".replace(",", "").replace(" ", "-")
     command = [
         sys.executable, "tools/train.py", CONFIG, *RECIPE, *VARIANTS[variant], f"seed={seed}",
         "train.minutes=null", f"train.steps={steps}", "train.evaluations=1", "data.workers=0",
@@ -121,9 +122,10 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     options.out.mkdir(parents=True, exist_ok=True)
     costs_file, file = options.out / "costs.json", options.out / "results.jsonl"
-    if not costs_file.exists():
-        costs_file.write_text(json.dumps(step_costs(list(VARIANTS)), indent=1))
-    costs = json.loads(costs_file.read_text())
+    costs = json.loads(costs_file.read_text()) if costs_file.exists() else {}
+    if set(options.variants) - set(costs):
+        costs = step_costs(list(VARIANTS))
+        costs_file.write_text(json.dumps(costs, indent=1))
     results = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     done = {(r["variant"], r["seed"], r["steps"]) for r in results}
     for seed in options.seeds:

@@ -12,6 +12,7 @@ own time on a CPU (other processes do not count), of the wall clock on a GPU.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import tempfile
@@ -28,7 +29,6 @@ from torch import Tensor, nn
 from vitdense.convert.conversion import convert
 from vitdense.engine.checkpoint import load_model
 from vitdense.engine.runtime import autocast, to_float
-from vitdense.models.base import Model
 from vitdense.ops.boxes import xyxy_to_relative
 from vitdense.structures import Frame, Target
 
@@ -104,9 +104,12 @@ class Pair:
         self.theirs = spread(PEERS[name](options.size)).eval()
         with tempfile.TemporaryDirectory() as folder:
             self.theirs.save_pretrained(folder)
+            side = {"height": options.size, "width": options.size}
+            self.processor = hf.RTDetrImageProcessor(size=side)
+            self.processor.save_pretrained(folder)
             out = Path(folder) / "ours" / "model.safetensors"
             convert(folder, out)
-            self.ours: Model = load_model(out)[0]
+            self.ours: Any = load_model(out)[0]
         self.ours.to(self.device), self.theirs.to(self.device)
         size = (options.size, options.size)
         shape = (options.batch, 3, *size)
@@ -119,23 +122,28 @@ class Pair:
             for t in self.targets
             if t.boxes is not None
         ]
-        self.processor = hf.RTDetrImageProcessor()
+        self.difference = self.compare()
         if options.compile:
             self.ours.compile(), self.theirs.compile()
 
-    def difference(self) -> float:
-        """Largest distance of their boxes to the nearest of ours: both are the same model.
+    @torch.no_grad()
+    def compare(self) -> float:
+        """Largest distance of their boxes to the nearest of ours, in float64: one model, or not.
 
-        Not in their order, in which rounding may swap two cells of nearly the same score.
+        Not in their order: each side breaks ties between cells as it likes.
         """
-        self.ours.eval(), self.theirs.eval()
-        with torch.no_grad():
-            ours, theirs = self.ours(self.images), self.theirs(self.pixels)
-        distances = torch.cdist(theirs.pred_boxes, ours.boxes[-1], p=torch.inf)
+        self.train(False)
+        ours, theirs = copy.deepcopy(self.ours).double(), copy.deepcopy(self.theirs).double()
+        pixels = self.pixels.double()
+        features = ours.backbone(pixels)
+        found = ours.head(features if ours.neck is None else ours.neck(features))
+        distances = torch.cdist(theirs(pixels).pred_boxes, found.boxes[-1].double(), p=torch.inf)
         return distances.amin(-1).max().item()
 
     def train(self, training: bool) -> None:
         self.ours.train(training), self.theirs.train(training)
+        # where it trains earlier layers, transformers' DETR norms queries between layers too
+        self.theirs.config.auxiliary_loss = training
 
     def our_step(self) -> None:
         self.ours.zero_grad()
@@ -221,13 +229,12 @@ def main() -> None:
     for name in options.heads:
         pair = Pair(name, options)
         cuda = pair.device.type == "cuda"
-        difference = pair.difference()
         pair.train(True)
         step = ratio(pair.our_step, pair.their_step, options.runs, cuda)
         pair.train(False)
         inference = ratio(pair.our_inference, pair.their_inference, options.runs, cuda)
         results[name] = {
-            "difference": difference,
+            "difference": pair.difference,
             "step_ms": step.tolist(), "step_ratio": (step[1] / step[0]).item(),
             "inference_ms": inference.tolist(),
             "inference_ratio": (inference[1] / inference[0]).item(),
@@ -235,7 +242,7 @@ def main() -> None:
         print(
             f"{name:16} step {step[0]:7.0f} against {step[1]:7.0f} ms: {step[1] / step[0]:.2f}   "
             f"inference {inference[0]:7.0f} against {inference[1]:7.0f} ms: "
-            f"{inference[1] / inference[0]:.2f}   (boxes differ by {difference:.1e})",
+            f"{inference[1] / inference[0]:.2f}   (boxes differ by {pair.difference:.1e})",
             flush=True,
         )
     if options.json:

@@ -59,6 +59,8 @@ SMALL: dict[str, list[tuple[str, dict[str, Any]]]] = {
                     "decoder_layers": 2, "groups": 3}),
         ("rtdetr", SMALL_DETR),
         ("rtdetr", SMALL_DETR | {"points": [1, 2, 3], "norm": "group", "denoising": 0}),
+        ("rtdetr", SMALL_DETR | {"two_stage": False, "denoising": 8}),
+        ("rtdetr", SMALL_DETR | {"box_refinement": False, "train_all_cells": True}),
         ("rtdetr", SMALL_DETR | {"distribution": True, "fusion": "elan", "denoising": 8}),
         ("dino", SMALL_DETR | {"denoising": 8, "num_levels": 3, "ffn": 48}),
     ],

@@ -12,7 +12,7 @@ from vitdense.structures import Frame, Level, Target
 
 SMALL = dict(width=32, heads=4, ffn=64, encoder_layers=1, decoder_layers=2, queries=10, dropout=0.0)
 
-LEFT = {"lwdetr": 0.05, "dino": 0.25}
+LEFT = {"lwdetr": 0.05, "dino": 0.25, "rtdetr": 0.35}
 """Share of the loss that may be left: soft targets have an entropy, and noise that
 is new in every step cannot be learned by heart."""
 
@@ -71,7 +71,8 @@ def overfit(head, stride: int, steps: int):
         ("detr", 8, 250, dict(level=0, query_kind="conditional")),
         ("detr", 8, 400, dict(level=0, query_kind="dab")),
         ("deformable_detr", 4, 300, dict(num_levels=2, input_levels=[0, 1])),
-        ("dino", 8, 250, dict(num_levels=2, queries=30, denoising=10)),
+        ("dino", 8, 400, dict(num_levels=2, queries=30, denoising=10)),
+        ("rtdetr", 8, 400, dict(num_levels=2, queries=30, denoising=10, blocks=1, encoder_ffn=64)),
         ("lwdetr", 8, 300, dict(cross_heads=8, groups=4, encoder_layers=None)),
     ],
 )

@@ -178,3 +178,18 @@ def test_places_stay_exact_under_autocast():
     distance = (references[0, :, None, 0] - anchors[None, :, 0]).abs().min(1).values
     inside = references[0, :, 0] < 1
     assert distance[inside].max() < 1e-5
+
+
+def test_all_cells_may_learn_while_the_same_are_chosen(memory):
+    chosen, every = make_head(), make_head(train_all_cells=True)
+    every.load_state_dict(chosen.state_dict())
+    few = chosen.decode(memory, SHAPES, CANVAS, None)
+    all_ = every.decode(memory, SHAPES, CANVAS, None)
+    torch.testing.assert_close(all_.logits, few.logits)
+    torch.testing.assert_close(all_.boxes, few.boxes)
+    assert few.others["_encoder"].logits.shape == (1, 2, QUERIES, CLASSES)
+    assert all_.others["_encoder"].logits.shape == (1, 2, CELLS, CLASSES)
+    all_.others["_encoder"].boxes.sum().backward()
+    assert memory.grad is not None
+    _, usable = cell_anchors(SHAPES, memory)
+    assert memory.grad[:, usable[:, 0]].abs().sum(-1).gt(0).all()

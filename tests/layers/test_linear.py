@@ -11,7 +11,7 @@ from vitdense.layers.conv import Conv
 from vitdense.layers.linear import NARROW, WORTH, Linear
 
 SIDE = 256
-ROWS = WORTH // SIDE**2  # from so many rows on, oneDNN is worth its start
+ROWS = WORTH // SIDE**2  # from so many on, oneDNN is worth its start
 
 
 class Names(TorchDispatchMode):

@@ -24,7 +24,7 @@ from vitdense.structures import Level, Target
 
 @HEADS.register("deformable_detr")
 class DeformableDetrHead(SigmoidQueryHead):
-    """Multi-level deformable attention; the best cells of the encoder become queries."""
+    """Deformable DETR: attention to a few points on several levels, in encoder and decoder."""
 
     def __init__(
         self,

@@ -33,7 +33,7 @@ KINDS = ("learned", "conditional", "dab")
 
 @HEADS.register("detr")
 class DetrHead(SigmoidQueryHead):
-    """The classic: a fixed set of queries, and global attention on one level.
+    """DETR, the classic: a fixed set of queries, and global attention on one level.
 
     - `learned` queries are vectors; classes compete by softmax with "no object" (DETR).
     - `conditional` ones have a point each, around which they look (Meng et al. 2021).

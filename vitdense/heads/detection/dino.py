@@ -29,7 +29,7 @@ EPS = 1e-3
 
 @HEADS.register("dino")
 class DinoHead(TwoStageHead):
-    """Deformable encoder and decoder; selected boxes with learned contents, and denoising."""
+    """DINO: deformable encoder and decoder, selected boxes with learned contents, denoising."""
 
     def __init__(
         self,
@@ -47,6 +47,7 @@ class DinoHead(TwoStageHead):
         queries: PositiveInt = 900,  # most objects that an image can have
         dropout: Fraction = 0.0,  # in every transformer layer
         two_stage: bool = True,  # queries are the best cells of the encoder, not learned
+        train_all_cells: bool = False,  # the first stage learns from all, not from the best alone
         learned_content: bool = True,  # of the queries; else they start as their cells
         box_refinement: bool = True,  # each layer corrects the boxes of the one before
         look_twice: bool = True,  # a layer's box loss also trains the layer before
@@ -84,6 +85,7 @@ class DinoHead(TwoStageHead):
             if denoising
             else None,
             two_stage=two_stage,
+            train_all_cells=train_all_cells,
             learned_content=learned_content,
         )
         self.input_levels = choose_levels(levels, input_levels, num_levels)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from vitdense.layers.conv import Conv
 from vitdense.structures import Level
 
 FINE = 6
@@ -36,7 +35,7 @@ def choose_levels(levels: list[Level], wanted: list[int] | None, most: int) -> l
 
 def project_map(incoming: int, width: int, kernel: int, stride: int) -> nn.Module:
     """A convolution and group norm, as in Deformable DETR."""
-    conv = Conv(incoming, width, kernel, stride, padding=kernel // 2)
+    conv = nn.Conv2d(incoming, width, kernel, stride, padding=kernel // 2)
     nn.init.xavier_uniform_(conv.weight)
     nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
     return nn.Sequential(conv, nn.GroupNorm(math.gcd(32, width), width))

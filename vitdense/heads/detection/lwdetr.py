@@ -16,7 +16,6 @@ from vitdense.heads.detection.deformable_transformer import (
 from vitdense.heads.detection.inputs import choose_levels, flatten_levels
 from vitdense.heads.detection.proposals import FirstStage, cell_anchors
 from vitdense.heads.detection.queries import QueryOutputs, SigmoidQueryHead
-from vitdense.layers.conv import Conv
 from vitdense.losses.classification import CLASS_LOSSES
 from vitdense.losses.set_criterion import Queries, SetCriterion
 from vitdense.registry import HEADS, Fraction
@@ -25,7 +24,7 @@ from vitdense.structures import Level, Target
 
 @HEADS.register("lwdetr")
 class LwDetrHead(SigmoidQueryHead):
-    """No encoder: the best cells of the backbone's maps are references of learned queries.
+    """LW-DETR: no encoder; the best cells of the maps are references of learned queries.
 
     In training several groups of queries, each with a first stage of its own, are matched each on
     their own (Chen et al. 2023, Group DETR); the first answers. Maps of another width than the
@@ -125,4 +124,4 @@ def _input(channels: int, width: int) -> nn.Module:
 
     if channels == width:
         return nn.Identity()
-    return nn.Sequential(Conv(channels, width, 1), LayerNorm2d(width))
+    return nn.Sequential(nn.Conv2d(channels, width, 1), LayerNorm2d(width))

@@ -28,7 +28,7 @@ from vitdense.structures import Level, Target
 
 @HEADS.register("rtdetr")
 class RTDetrHead(TwoStageHead):
-    """Attention on the coarsest level, convolutions across levels, the best cells as queries."""
+    """RT-DETR: attention on the coarsest level, convolutions across levels, the best cells."""
 
     def __init__(
         self,
@@ -50,6 +50,7 @@ class RTDetrHead(TwoStageHead):
         project_memory: bool = True,  # 1x1 convolution between encoder and decoder
         queries: PositiveInt = 300,  # most objects that an image can have
         two_stage: bool = True,  # queries are the best cells of the encoder, not learned
+        train_all_cells: bool = False,  # the first stage learns from all, not from the best alone
         learned_content: bool = False,  # of the queries; else they start as their cells
         decoder_layers: PositiveInt = 6,  # layers of queries over the cells
         ffn: PositiveInt = 1024,  # hidden width of the decoder's feed-forward parts
@@ -85,6 +86,7 @@ class RTDetrHead(TwoStageHead):
             else make_decoder(layers, width, num_classes, box_refinement),
             denoising=Denoising(*noise) if denoising else None,
             two_stage=two_stage,
+            train_all_cells=train_all_cells,
             learned_content=learned_content,
         )
         inner = check_width(encoder_width or width, width, project_memory)

@@ -26,6 +26,8 @@ class TwoStageHead(SigmoidQueryHead):
         denoising: makes noisy queries in training; None for none.
         two_stage: references are the boxes of the best cells; else they are learned.
         learned_content: what queries start as is learned; else it is what their cells hold.
+        train_all_cells: the first stage learns from every cell, as in Deformable DETR; else from
+            the chosen ones alone, as in DINO and RT-DETR.
     """
 
     def __init__(
@@ -41,9 +43,10 @@ class TwoStageHead(SigmoidQueryHead):
         denoising: Denoising | None,
         two_stage: bool = True,
         learned_content: bool = False,
+        train_all_cells: bool = False,
     ) -> None:
         super().__init__(levels, num_classes, max_detections, nms)
-        self.num_queries = queries
+        self.num_queries, self.train_all_cells = queries, train_all_cells
         self.decoder = decoder
         self.denoising = denoising
         self.first_stage = FirstStage(width, Predictor(width, num_classes)) if two_stage else None
@@ -58,9 +61,9 @@ class TwoStageHead(SigmoidQueryHead):
     ) -> QueryOutputs:
         """Outputs for the cells [B, S, width] of all levels; `targets` make noisy queries."""
         others: dict[str, Queries] = {}
-        queries, references, best = self._start(memory, shapes)
-        if best is not None:
-            others["_encoder"] = Queries(best.logits[None], best.boxes[None])
+        queries, references, trained = self._start(memory, shapes)
+        if trained is not None:
+            others["_encoder"] = Queries(trained.logits[None], trained.boxes[None])
         noisy = self._noisy(targets, canvas)
         mask = None
         if noisy is not None:
@@ -77,22 +80,26 @@ class TwoStageHead(SigmoidQueryHead):
         )
 
     def _start(self, memory: Tensor, shapes: list[Size]) -> tuple[Tensor, Tensor, Proposals | None]:
-        """Contents [B, Q, width] and references [B, Q, 4] of the queries, and the best cells."""
-        batch, best = len(memory), None
+        """Contents [B, Q, width] and references [B, Q, 4] of queries, and the cells that learn."""
+        batch, best, trained = len(memory), None, None
         if self.first_stage is not None:
             # like a parameter: under autocast the cells are too coarse for places
             anchors = cell_anchors(shapes, self.first_stage.predictor.classes.weight)
-            best = self.first_stage.best(memory, *anchors, self.num_queries)
+            if self.train_all_cells:
+                trained = self.first_stage(memory, *anchors)
+                best = trained.best(self.num_queries)
+            else:
+                best = trained = self.first_stage.best(memory, *anchors, self.num_queries)
             references = best.boxes.detach()
         else:
             assert self.references is not None
             references = self.references().expand(batch, -1, -1)
         if self.contents is None:
             assert best is not None
-            return best.cells.detach(), references, best
+            return best.cells.detach(), references, trained
         # a small image may have fewer cells than there are queries
         contents = self.contents.weight[: references.shape[1]]
-        return contents.expand(batch, -1, -1), references, best
+        return contents.expand(batch, -1, -1), references, trained
 
     def _noisy(self, targets: list[Target] | None, canvas: Size) -> NoisyQueries | None:
         if self.denoising is None or targets is None or not self.training:
