@@ -18,11 +18,13 @@ class Dataset:
     Attributes:
         classes: names, in the order of the labels 0..C-1.
         category_ids: the files' own id of each class, for writing results in their format.
+        things: whether each class is counted in objects, as opposed to stuff; None = all are.
         channels: channels to decode images to; the engine sets it to what the model takes.
     """
 
     classes: list[str]
     category_ids: list[int]
+    things: list[bool] | None = None
     channels: int = 3
 
     def __init__(self, root: Path, split: str) -> None:

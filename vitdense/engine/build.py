@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from vitdense.config import Config
 from vitdense.config.schema import Train
@@ -73,7 +74,13 @@ def build_model(config: Config, data: Data) -> Model:
     part = config.model if config.train.init is None else without_weights(config.model)
     model = part(len(data.train.classes))
     data.train.channels = data.val.channels = model.in_chans
+    _set_things(model, data.train)
     return model
+
+
+def _set_things(model: Model, dataset: Dataset) -> None:
+    if dataset.things is not None:
+        model.set_things(dataset.things)
 
 
 def start(config: Config, data: Data, model: Model) -> Transfer | None:
@@ -88,10 +95,14 @@ def start(config: Config, data: Data, model: Model) -> Transfer | None:
     # weights of a loss are one per class, and no part of the state
     build = changed(without_weights(config.model), "head", {"class_weights": None})
     classes = list(data.train.classes)
-    return transfer(settings.init, model, build, classes, settings.new_head)
+    report = transfer(settings.init, model, build, classes, settings.new_head)
+    _set_things(model, data.train)
+    return report
 
 
-def build_metric(config: Config, task: Task, classes: list[str]) -> Metric:
+def build_metric(
+    config: Config, task: Task, classes: list[str], things: list[bool] | None = None
+) -> Metric:
     """The config's metric, or the one for the model's task.
 
     Raises:
@@ -101,7 +112,11 @@ def build_metric(config: Config, task: Task, classes: list[str]) -> Metric:
         return config.metric(classes)
     if task not in METRIC_OF:
         raise ValueError(f"metric: none is built in for the task {task!r}; name one in the config")
-    name, options = METRIC_OF[task]
+    name, given = METRIC_OF[task]
+    options: dict[str, Any] = dict(given)
+    if task == "panoptic" and things is not None:
+        pairs = zip(classes, things, strict=True)
+        options["things"] = [label for label, thing in pairs if thing]
     return METRICS.get(name)(classes, **options)
 
 

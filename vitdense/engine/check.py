@@ -41,7 +41,7 @@ def check(config: Config) -> str:
     model = build.build_model(config, data)
     started = build.start(config, data, model)
     model.to(where.device)
-    metric = build.build_metric(config, model.task, data.train.classes)
+    metric = build.build_metric(config, model.task, data.train.classes, data.train.things)
     rows = [*describe_data(config, data), *describe_model(model)]
     rows += [
         ("start" if i == 0 else "", row) for i, row in enumerate(str(started or "").splitlines())

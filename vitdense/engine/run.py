@@ -58,7 +58,9 @@ class Run:
         self.model: Model = build.build_model(config, self.data)
         self._start()
         self.model.to(runtime.device)
-        self.metric = build.build_metric(config, self.model.task, self.data.train.classes)
+        self.metric = build.build_metric(
+            config, self.model.task, self.data.train.classes, self.data.train.things
+        )
         self.net: nn.Module = runtime.wrap(self.model)
         self.optimizer = build_optimizer(self.model, **dict(config.optimizer))
         self.precision = choose_precision(config.train.precision, runtime.device)

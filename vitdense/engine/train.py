@@ -87,6 +87,7 @@ def loop(run: Run, stop: StopSignal) -> None:
         runtime.seed_step(run.config.seed, run.step, run.runtime.rank)
         rate = run.config.optimizer.lr * lr_factor(run.config.schedule, run.progress)
         set_lr(run.optimizer, rate)
+        run.model.progress = run.progress.fraction
         step(run, batches)
         run.step += 1
         run.measure()

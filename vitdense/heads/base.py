@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ class Head(nn.Module):
         num_classes: classes 0..num_classes-1.
     """
 
-    task: ClassVar[Task]
+    task: Task
 
     def __init__(self, levels: list[Level], num_classes: int) -> None:
         super().__init__()

@@ -105,7 +105,7 @@ def evaluate(
     model.to(place.device)
     data = build.Data(train=dataset, val=dataset, policy=source.transforms())
     loader = build.evaluation_loader(config, data, model, place)
-    metric = build.build_metric(config, model.task, meta.classes)
+    metric = build.build_metric(config, model.task, meta.classes, dataset.things)
     precision = runtime.choose_precision(config.train.precision, place.device)
     start = time.perf_counter()
     with tqdm(total=loader.images, unit="image", disable=None if place.is_main else True) as bar:

@@ -22,12 +22,14 @@ class Model(nn.Module):
         num_classes: classes 0..num_classes-1.
         backbone: owns normalisation constants and the order of layers.
         divisor: canvas sizes must be multiples of it; the loader pads to it.
+        progress: the part of the run that is done, 0..1; the training loop sets it.
     """
 
     task: Task
     num_classes: int
     backbone: Backbone
     divisor: int
+    progress: float = 0.0
 
     @property
     def in_chans(self) -> int:
@@ -40,6 +42,16 @@ class Model(nn.Module):
         # a tensor that is made on a GPU makes the host wait
         mean, std = statistics[..., None, None].to(images.device, non_blocking=True)
         return (images - mean) / std
+
+    def set_things(self, things: list[bool]) -> None:
+        """Tell the parts that tell things from stuff, by a buffer `things` bool [C], which is which.
+
+        It is part of the weights, so that a loaded model knows it too.
+        """
+        for module in self.modules():
+            buffer = dict(module.named_buffers(recurse=False)).get("things")
+            if buffer is not None:
+                buffer.copy_(torch.tensor(things))
 
     def forward(self, images: Tensor, targets: list[Target] | None = None) -> Any:
         """Outputs of the head for uint8 images [B, C, H, W]; the same type in both modes."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,7 +44,7 @@ class QueryHead(Head):
     Subclasses set `criterion` and say in `candidates` what their logits mean.
     """
 
-    task: ClassVar[Task] = "detection"
+    task: Task = "detection"
     criterion: SetCriterion
 
     def __init__(
