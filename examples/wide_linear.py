@@ -51,3 +51,7 @@ class WideLinearHead(Head):
             Prediction(semantic=frame.restore_map(logits.float()).argmax(0))
             for logits, frame in zip(outputs, frames, strict=True)
         ]
+
+    def semantic_logits(self, outputs: Tensor) -> Tensor:
+        """What windows, flips and scales average."""
+        return outputs

@@ -79,9 +79,24 @@ def test_predict(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [
         (
             (Path("m.safetensors"), [Path("a.jpg"), Path("folder")]),
-            {"out": Path("o"), "threshold": 0.3, "batch_size": 1, "device": "auto"},
+            {
+                "out": Path("o"),
+                "threshold": 0.3,
+                "batch_size": 1,
+                "device": "auto",
+                "overrides": [],
+            },
         )
     ]
+
+
+def test_predict_with_overrides_among_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = fake(monkeypatch, "vitdense.inference.tools", "predict")
+    words = ["a.jpg", "inference.window=[64, 32]", "--out", "o", "inference.flip=true", "x=1.png"]
+    assert cli.main(["predict", "m", *words]) == 0
+    ((_, images), options) = calls[0]
+    assert images == [Path("a.jpg"), Path("x=1.png")]
+    assert options["overrides"] == ["inference.window=[64, 32]", "inference.flip=true"]
 
 
 def test_convert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

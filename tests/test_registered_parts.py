@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.data import trees
 from vitdense.registry import (
     BACKBONES,
     DATASETS,
@@ -31,6 +32,17 @@ from vitdense.testing import (
 
 PLAIN = [Level(24, 16)] * 4
 SMALL_DETR = {"queries": 12, "width": 32, "heads": 4, "encoder_layers": 1, "decoder_layers": 2}
+BLOCKS = [24, 16, 12, 8, 8]
+SMP = {
+    "unet": BLOCKS, "unetplusplus": BLOCKS, "manet": BLOCKS, "linknet": 8, "fpn": 32, "pspnet": 16,
+    "pan": 16, "deeplabv3": 16, "deeplabv3plus": 16, "upernet": 16, "segformer": 16,
+}  # fmt: skip
+MASK2FORMER = SMALL_DETR | {"ffn": 48, "encoder_ffn": 48, "mask_points": 64}
+EOMT = {
+    "backbone": partial(BACKBONES.get("timm"), model="vit_tiny_patch16_224", img_size=64,
+                        options={"depth": 4, "embed_dim": 48}),
+    "queries": 12, "blocks": 2, "mask_points": 64,
+}  # fmt: skip
 
 # For each part the options that keep it small; several entries try several ways to use it.
 SMALL: dict[str, list[tuple[str, dict[str, Any]]]] = {
@@ -47,10 +59,20 @@ SMALL: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("simple_feature_pyramid", {"channels": 16, "levels": PLAIN}),
         ("multi_scale_projector", {"channels": 16, "levels": PLAIN, "scales": (2.0, 1.0, 0.5)}),
         ("multi_scale_projector", {"channels": 16, "levels": PLAIN, "norm": "batch"}),
+        ("multilevel", {"channels": 16, "levels": PLAIN}),
+        ("feature2pyramid", {"levels": PLAIN}),
     ],
     "head": [
         ("linear", {}),
         ("upernet", {"channels": 16}),
+        ("segformer", {"channels": 16}),
+        ("segmenter", {"width": 48, "heads": 2}),
+        ("dpt", {"channels": 16}),
+        ("dpt", {"channels": 16, "levels": PLAIN, "readout": "project"}),
+        *(("smp", {"decoder": name, "channels": channels}) for name, channels in SMP.items()),
+        *(("mask2former", MASK2FORMER | {"task": task})
+          for task in ("semantic", "instance", "panoptic")),
+        ("mask2former", MASK2FORMER | {"encoder_layers": 0, "num_levels": 2, "levels": PLAIN[:1]}),
         ("detr", SMALL_DETR),
         ("detr", SMALL_DETR | {"query_kind": "conditional"}),
         ("detr", SMALL_DETR | {"query_kind": "dab"}),
@@ -71,14 +93,23 @@ SMALL: dict[str, list[tuple[str, dict[str, Any]]]] = {
             "neck": partial(NECKS.get("simple_feature_pyramid"), channels=16),
             "head": HEADS.get("linear"),
         }),
+        *(("eomt", EOMT | {"task": task}) for task in ("semantic", "instance", "panoptic")),
+        ("eomt", EOMT | {"masking": "always", "upscale": 0}),
     ],
     "dataset": [
         ("shapes", {"task": "detection"}),
         ("shapes", {"task": "instance"}),
         ("shapes", {"task": "semantic"}),
+        ("shapes", {"task": "panoptic"}),
         ("coco", {}),
         ("coco", {"masks": True}),
         ("ade20k", {}),
+        ("ade20k_instance", {}),
+        ("coco_panoptic", {}),
+        ("coco_panoptic", {"task": "semantic"}),
+        *(("cityscapes", {"task": task}) for task in ("semantic", "instance", "panoptic")),
+        *(("voc", {"task": task}) for task in ("semantic", "instance", "detection")),
+        ("folders", {"binary": True}),
     ],
     "transform": [
         ("detection", {"size": 64}),
@@ -158,7 +189,17 @@ def roots(tmp_path_factory):
                          "area": 200, "iscrowd": 0, "segmentation": [square]}],
         "categories": [{"id": 17, "name": "cat"}],
     }))  # fmt: skip
-    return {"coco": coco, "ade20k": labels, "shapes": tmp_path_factory.mktemp("shapes")}
+    folders = trees.make_folders(tmp_path_factory.mktemp("folders"), trees.columns(0, 255))
+    (folders / "classes.txt").write_text("crack\n")
+    makers = {
+        "ade20k_instance": trees.make_ade_instance,
+        "coco_panoptic": trees.make_panoptic,
+        "cityscapes": trees.make_cityscapes,
+        "voc": trees.make_voc,
+    }
+    made = {name: make(tmp_path_factory.mktemp(name)) for name, make in makers.items()}
+    shapes = tmp_path_factory.mktemp("shapes")
+    return made | {"coco": coco, "ade20k": labels, "shapes": shapes, "folders": folders}
 
 
 @pytest.mark.parametrize(("name", "options"), SMALL["dataset"], ids=str)

@@ -71,13 +71,17 @@ def predict(args: argparse.Namespace) -> None:
     """run a model on images, write overlays and predictions"""
     from vitdense.inference.tools import predict
 
+    # Both are lists of words: an image is what does not set a key.
+    words = [*map(str, args.images), *args.overrides]
+    overrides = [word for word in words if re.match(r"\w+(\.\w+)+=", word)]
     predict(
         args.model,
-        args.images,
+        [Path(word) for word in words if word not in overrides],
         out=args.out,
         threshold=args.threshold,
         batch_size=args.batch_size,
         device=args.device,
+        overrides=overrides,
     )
 
 
@@ -205,8 +209,10 @@ def _eval_arguments(command: argparse.ArgumentParser) -> None:
 def _predict_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", type=Path, metavar="MODEL", help="model.safetensors of a run")
     command.add_argument(
-        "images", type=Path, nargs="+", metavar="IMAGES", help="image files and folders of images"
+        "images", nargs="+", metavar="IMAGES", help="image files and folders of images"
     )
+    text = "override a key of the model's config, as inference.window=512"
+    command.add_argument("overrides", nargs="*", metavar="key=value", help=text)
     command.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder to write to"
     )

@@ -120,6 +120,7 @@ class Target(_Record):
         semantic: int64 or uint8 [H, W], 0..C-1 or IGNORE.
         crowd: bool [N], regions that evaluation ignores.
         area: float32 [N], pixels of the annotated region, for COCO's size ranges.
+        image_labels: bool [K], which of the data set's image classes hold for the whole image.
     """
 
     labels: Tensor | None = None
@@ -128,6 +129,7 @@ class Target(_Record):
     semantic: Tensor | None = None
     crowd: Tensor | None = None
     area: Tensor | None = None
+    image_labels: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -135,7 +137,7 @@ class Sample(_Record):
     """One image with its truth, before batching.
 
     Attributes:
-        image: uint8 [C, H, W].
+        image: uint8 [C, H, W], or float32 in 0..255 of a file deeper than 8 bits.
         target: the truth, in the pixels of `image` unless a policy resized the image alone.
         image_id: the data set's id of the image.
         original: size of the image file.
@@ -154,7 +156,7 @@ class Batch(_Record):
     """Samples on one zero-padded canvas.
 
     Attributes:
-        images: uint8 [B, C, H, W].
+        images: uint8 [B, C, H, W], or float32 in 0..255 of files deeper than 8 bits.
         targets, frames, image_ids, paths: one each per image.
     """
 
@@ -175,7 +177,9 @@ class Prediction(_Record):
         boxes: float [N, 4], xyxy.
         masks: bool [N, H, W].
         semantic: int64 [H, W], classes 0..C-1.
+        confidence: float [H, W] in 0..1, the probability of the class in `semantic`.
         panoptic: int64 [H, W], 0 = void, k = the k-th entry of `labels` and `scores`, from 1.
+        image_scores: float [K] in 0..1, how likely each image class holds for the whole image.
     """
 
     scores: Tensor | None = None
@@ -183,4 +187,6 @@ class Prediction(_Record):
     boxes: Tensor | None = None
     masks: Tensor | None = None
     semantic: Tensor | None = None
+    confidence: Tensor | None = None
     panoptic: Tensor | None = None
+    image_scores: Tensor | None = None

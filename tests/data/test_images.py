@@ -32,12 +32,6 @@ def test_grey_is_repeated_and_color_is_weighed(tmp_path):
     assert (read_image(tmp_path / "red.png", 1) == 76).all()
 
 
-def test_16_bit_images_keep_their_upper_byte(tmp_path):
-    pixels = np.linspace(0, 65535, 54).astype(np.uint16).reshape(6, 9)
-    Image.fromarray(pixels).save(tmp_path / "deep.png")
-    assert (read_image(tmp_path / "deep.png", 1)[0].numpy() == pixels >> 8).all()
-
-
 def test_a_number_of_channels_that_is_not_there(tmp_path):
     Image.new("RGB", (9, 6)).save(tmp_path / "a.png")
     with pytest.raises(DataError, match=r"a\.png: has 3 channels, the model takes 5"):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 from vitdense.data.base import DataError, Dataset, Policy
 from vitdense.data.coco import CocoDataset
 from vitdense.data.collate import PackedBatch, collate
+from vitdense.data.frequency import repeat_factors
 from vitdense.data.loader import evaluation_loader, training_loader
 from vitdense.data.shapes import ShapesDataset
 from vitdense.data.transforms import DetectionPolicy, NoPolicy, SegmentationPolicy
@@ -256,3 +259,39 @@ def test_packing_keeps_types_shapes_and_values():
     packed = PackedBatch.pack(batch)
     assert equal(packed.unpack(), batch)
     assert packed.data.dtype == torch.uint8 and packed.data.ndim == 1
+
+
+def test_rare_images_are_seen_as_often_as_their_share_and_changed_each_time():
+    dataset, repeats = Numbers([(8, 8)] * 8), np.array([4.0, 1, 1, 1, 1, 1, 1, 2])
+
+    def load(start: int = 0, count: int = 12) -> list[Batch]:
+        loader = training_loader(
+            dataset, Draws(), 4, workers=0, seed=3, repeats=repeats, start_step=start
+        )
+        return take(loader, count)
+
+    batches = load()
+    seen = Counter(index for batch in batches for index in batch.image_ids)
+    assert sum(seen.values()) == 48
+    for index, share in enumerate(repeats / repeats.sum()):
+        assert abs(seen[index] - 48 * share) <= 6  # once in each of six passes
+    pairs = [
+        (index, target.area.item())
+        for batch in batches
+        for index, target in zip(batch.image_ids, batch.targets, strict=True)
+    ]
+    assert len(set(pairs)) == len(pairs)
+    assert all(map(equal, batches[5:], load(start=5, count=7)))
+
+
+def test_repeat_factors_by_hand():
+    shown = [[0, 1], [0], [0], [0], [0, 2], [0], [0], [], [0], [0]]
+
+    class Shown(Numbers):
+        classes = ["a", "b", "c"]
+
+        def target(self, index: int) -> Target:
+            return Target(labels=torch.tensor(shown[index], dtype=torch.int64))
+
+    expected = [2.0, 1, 1, 1, 2.0, 1, 1, 1, 1, 1]  # sqrt(0.4 / 0.1)
+    assert repeat_factors(Shown([(8, 8)] * 10), 0.4).tolist() == pytest.approx(expected)

@@ -115,16 +115,34 @@ def test_crowds_and_slivers_leave_every_field():
     sample = objects_sample()
     sample.target.crowd = torch.tensor([False, True, False, False])
     sample.target.area = torch.ones(4)
+    sample.target.masks = None
     moved = Movement((0, 0), (60, 75), (60, 75), (60, 75))(sample)  # 5 of 18 columns of object 3
     assert moved.target.labels.tolist() == [0, 2, 3]
     moved = Movement((0, 0), (60, 74), (60, 74), (60, 74))(sample)  # 4 of 18: less than a quarter
     assert moved.target.labels.tolist() == [0, 2]
-    assert len(moved.target.boxes) == len(moved.target.masks) == 2
+    assert len(moved.target.boxes) == 2
+
+
+def test_objects_with_masks_stay_while_a_pixel_of_them_is_seen():
+    sample = objects_sample()
+    sample.target.crowd = torch.tensor([False, True, False, False])
+    moved = Movement((0, 0), (60, 71), (60, 71), (60, 71))(sample)  # 1 of 18 columns of object 3
+    assert moved.target.labels.tolist() == [0, 2, 3]
+    assert moved.target.boxes[2].tolist() == [70, 2, 71, 12]
+    assert len(moved.target.masks) == 3 and moved.target.masks.flatten(1).any(1).all()
+    moved = Movement((0, 0), (60, 70), (60, 70), (60, 70))(sample)
+    assert moved.target.labels.tolist() == [0, 2]
 
 
 def test_objects_smaller_than_a_pixel_are_dropped():
-    moved = Movement((0, 0), (60, 90), (4, 6), (4, 6))(objects_sample())
+    sample = objects_sample()
+    sample.target.masks = None
+    moved = Movement((0, 0), (60, 90), (4, 6), (4, 6))(sample)
     assert moved.target.labels.tolist() == [0, 1, 2]
+    moved = Movement((0, 0), (60, 90), (2, 3), (2, 3))(objects_sample())
+    kept = moved.target
+    assert len(kept.labels) == len(kept.boxes) == len(kept.masks) < 4
+    assert kept.masks.flatten(1).any(1).all()
 
 
 def test_evaluation_resizes_the_image_alone():
@@ -224,3 +242,23 @@ def test_select_leaves_pixels_alone():
     target = select(objects_sample().target, torch.tensor([True, False, False, True]))
     assert target.labels.tolist() == [0, 3]
     assert target.masks.shape[0] == 2 and target.semantic.shape == (60, 90)
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_masks_that_do_not_overlap_move_as_the_others_do(mirror):
+    """They go as one map of their numbers; a doubled mask makes them overlap."""
+    move = Movement((3, 4), (50, 80), (70, 61), (80, 64), (2, 1), mirror)
+    apart, together = objects_sample(), objects_sample()
+    truth, places = together.target, [0, 1, 2, 3, 3]
+    together.target = Target(truth.labels[places], truth.boxes[places], truth.masks[places])
+    first, second = move(apart).target, move(together).target
+    assert len(first.masks) == 4
+    assert torch.equal(first.masks, second.masks[:4]) and torch.equal(first.boxes, second.boxes[:4])
+
+
+def test_more_masks_than_numbers():
+    masks = torch.eye(400, dtype=torch.bool)[:300].view(300, 20, 20)
+    image, labels = torch.zeros(3, 20, 20, dtype=torch.uint8), torch.arange(300)
+    sample = Sample(image, Target(labels, masks=masks), 1, (20, 20), Path("a.png"))
+    moved = Movement((0, 0), (20, 20), (20, 20), (20, 20), mirror=True)(sample).target
+    assert torch.equal(moved.masks, masks.flip(2)) and torch.equal(moved.labels, labels)

@@ -1,8 +1,9 @@
-"""Parameter groups of AdamW."""
+"""The optimizer and its parameter groups."""
 
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from vitdense.engine.optim import build_optimizer, clip_gradients, parameter_groups, set_lr
 from vitdense.models.base import Model
-from vitdense.registry import BACKBONES
+from vitdense.registry import BACKBONES, HEADS, MODELS
 
 
 def settings(model: Model, **options: Any) -> dict[str, tuple[float, float]]:
@@ -161,3 +162,44 @@ def test_clip_returns_the_norm_before(tiny_model: Model) -> None:
     torch.testing.assert_close(norm, before)
     after = torch.cat([p.grad.flatten() for p in tiny_model.parameters()]).norm()  # type: ignore[union-attr]
     assert after.item() == pytest.approx(0.1, rel=1e-3)
+
+
+def test_what_does_not_learn_is_frozen(tiny_model: Model) -> None:
+    optimizer = build_optimizer(tiny_model, 1e-3, 0.05, backbone_scale=0, scales={"head.bias": 0})
+    frozen = {name for name, p in tiny_model.named_parameters() if not p.requires_grad}
+    inside = {name for name, _ in tiny_model.named_parameters() if name.startswith("backbone.")}
+    assert frozen == inside | {"head.bias"}
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(trained) == len(list(tiny_model.parameters())) - len(frozen)
+
+
+def test_a_frozen_backbone_computes_no_gradients_and_keeps_its_statistics() -> None:
+    model = MODELS.get("pyramid")(
+        3,
+        backbone=partial(
+            BACKBONES.get("timm"), model="resnet10t", options={"layers": (1, 1, 1, 1)}
+        ),
+        head=HEADS.get("linear"),
+    )
+    optimizer = build_optimizer(model, 1e-2, 0.05, backbone_scale=0)
+    before = {name: tensor.clone() for name, tensor in model.backbone.state_dict().items()}
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    outputs = model.train()(images)
+    assert not any(map_.requires_grad for map_ in model.backbone(images / 255))
+    outputs.logits.square().mean().backward()
+    optimizer.step()
+    assert all(torch.equal(before[name], t) for name, t in model.backbone.state_dict().items())
+    assert all(p.grad is not None for p in model.head.parameters())
+
+
+def test_sgd_is_torchs(tiny_model: Model) -> None:
+    optimizer = build_optimizer(tiny_model, 0.1, 0.01, name="sgd", momentum=0.8)
+    assert isinstance(optimizer, torch.optim.SGD)
+    weight, bias = tiny_model.head.weight, tiny_model.head.bias
+    before = weight.detach().clone(), bias.detach().clone()
+    for parameter in tiny_model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert torch.allclose(weight, before[0] - 0.1 * (1 + 0.01 * before[0]))
+    assert torch.allclose(bias, before[1] - 0.1)  # does not decay
+    assert {group["momentum"] for group in optimizer.param_groups} == {0.8}

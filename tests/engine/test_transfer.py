@@ -160,6 +160,7 @@ def test_names_match_exactly_before_they_match_but_for_case() -> None:
     assert match(["Dog"], ["dog"]) == [(0, 0)]
     assert match(["Dog"], ["dog", "DOG"]) == []  # which of the two?
     assert match(["bird"], ["dog"]) == []
+    assert match(["building, edifice"], ["wall", "building"]) == [(0, 1)]  # ADE20K's synonyms
 
 
 class TwoAxes(nn.Module):

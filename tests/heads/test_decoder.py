@@ -37,6 +37,11 @@ def make_decoder(predictor: type[Predictor] = Predictor, shared: bool = False, *
     return decoder.double()
 
 
+def run(decoder: Decoder, *inputs, **options):
+    decoded = decoder(*inputs, **options)
+    return decoded.logits, decoded.boxes
+
+
 @pytest.fixture
 def inputs():
     torch.manual_seed(1)
@@ -48,7 +53,7 @@ def inputs():
 
 def teachers(decoder: Decoder, inputs) -> list[set[int]]:
     """For each layer, whose box regressors the loss of its boxes trains."""
-    _, boxes = decoder(*inputs)
+    _, boxes = run(decoder, *inputs)
     found = []
     for i in range(LAYERS):
         weights = [predictor.boxes.layers[-1].bias for predictor in decoder.predictors]
@@ -67,14 +72,14 @@ def test_looking_twice_trains_the_box_of_one_layer_before(inputs, norm, twice):
 
 def test_looking_twice_changes_gradients_alone(inputs):
     once, twice = (make_decoder(look_twice=flag) for flag in (False, True))
-    for a, b in zip(once(*inputs), twice(*inputs), strict=True):
+    for a, b in zip(run(once, *inputs), run(twice, *inputs), strict=True):
         assert torch.equal(a, b)
 
 
 def test_references_have_no_gradient_through_later_layers(inputs):
     queries, references, memory, shapes = inputs
     references.requires_grad_()
-    _, boxes = make_decoder(look_twice=True)(queries, references, memory, shapes)
+    _, boxes = run(make_decoder(look_twice=True), queries, references, memory, shapes)
     (gradient,) = torch.autograd.grad(boxes[0].sum(), references, retain_graph=True)
     assert gradient.abs().sum() > 0  # the caller detaches them
 
@@ -102,7 +107,7 @@ def record(decoder: Decoder):
 def test_refined_layers_look_at_the_boxes_before(inputs, predictor):
     decoder = make_decoder(predictor)
     recorders = record(decoder)
-    _, boxes = decoder(*inputs)
+    _, boxes = run(decoder, *inputs)
     assert torch.equal(recorders[0].looked_at[0], inputs[1])
     for i in (1, 2):
         torch.testing.assert_close(recorders[i].looked_at[0], boxes[i - 1])
@@ -113,7 +118,7 @@ def test_refined_layers_look_at_the_boxes_before(inputs, predictor):
 def test_unrefined_layers_look_at_the_first_references(inputs, predictor):
     decoder = make_decoder(predictor, shared=True, refine=False, norm=nn.LayerNorm(WIDTH))
     recorders = record(decoder)
-    logits, boxes = decoder(*inputs)
+    logits, boxes = run(decoder, *inputs)
     for recorder in recorders:
         assert torch.equal(recorder.looked_at[0], inputs[1])
         assert recorder.places[0] is recorders[0].places[0]  # made once
@@ -128,7 +133,7 @@ def test_unrefined_layers_look_at_the_first_references(inputs, predictor):
 def test_references_of_the_next_layer_come_from_queries_before_the_norm(inputs):
     decoder = make_decoder(norm=nn.LayerNorm(WIDTH))
     recorders = record(decoder)
-    _, boxes = decoder(*inputs)
+    _, boxes = run(decoder, *inputs)
     first = recorders[0].layer(inputs[0], recorders[0].places[0], *inputs[1:])
     predictor = decoder.predictors[0]
     unnormed, normed = predictor(first, inputs[1])[1], predictor(decoder.norm(first), inputs[1])[1]
@@ -141,20 +146,20 @@ def test_points_become_boxes(inputs):
     queries, references, memory, shapes = inputs
     places = torch.randn_like(queries)
     decoder = make_decoder(place=None)
-    _, boxes = decoder(queries, references[..., :2], memory, shapes, places=places)
+    _, boxes = run(decoder, queries, references[..., :2], memory, shapes, places=places)
     assert boxes.shape == (LAYERS, 2, QUERIES, 4)
     recorders = record(decoder)
-    decoder(queries, references[..., :2], memory, shapes, places=places)
+    run(decoder, queries, references[..., :2], memory, shapes, places=places)
     assert [r.looked_at[0].shape[-1] for r in recorders] == [2, 4, 4]
 
 
 def test_groups_equal_separate_runs(inputs):
     queries, references, memory, shapes = inputs
     decoder = make_decoder()
-    logits, boxes = decoder(*inputs, groups=3)
+    logits, boxes = run(decoder, *inputs, groups=3)
     for group in range(3):
         part = slice(2 * group, 2 * group + 2)
-        alone = decoder(queries[:, part], references[:, part], memory, shapes)
+        alone = run(decoder, queries[:, part], references[:, part], memory, shapes)
         torch.testing.assert_close((logits[:, :, part], boxes[:, :, part]), alone)
 
 
@@ -163,12 +168,12 @@ def test_a_mask_hides_queries(inputs):
     decoder = make_decoder()
     mask = torch.ones(QUERIES, QUERIES, dtype=torch.bool)
     mask[4:, :4] = False  # the last two see only each other
-    logits, boxes = decoder(*inputs, mask=mask)
-    alone = decoder(queries[:, 4:], references[:, 4:], memory, shapes)
+    logits, boxes = run(decoder, *inputs, mask=mask)
+    alone = run(decoder, queries[:, 4:], references[:, 4:], memory, shapes)
     torch.testing.assert_close((logits[:, :, 4:], boxes[:, :, 4:]), alone)
-    plain = decoder(*inputs)
+    plain = run(decoder, *inputs)
     assert (logits[:, :, 4:] - plain[0][:, :, 4:]).abs().max() > 1e-3
-    everything = decoder(*inputs, mask=torch.ones_like(mask))
+    everything = run(decoder, *inputs, mask=torch.ones_like(mask))
     torch.testing.assert_close(everything, plain)
 
 
@@ -176,7 +181,7 @@ def test_a_mask_by_groups_equals_groups(inputs):
     decoder = make_decoder()
     group = torch.arange(QUERIES) // 2
     mask = group[:, None] == group
-    torch.testing.assert_close(decoder(*inputs, mask=mask), decoder(*inputs, groups=3))
+    torch.testing.assert_close(run(decoder, *inputs, mask=mask), run(decoder, *inputs, groups=3))
 
 
 @pytest.mark.parametrize("theirs", [grounding_dino_embedding, lw_detr_embedding])

@@ -34,7 +34,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 def detection_heads() -> list[tuple[str, dict[str, Any]]]:
     """Every head of the package that answers boxes, with its variants."""
     names = [n for n in HEADS.names() if HEADS.resolve(n)[0].module.startswith("vitdense.")]
-    names = [name for name in names if HEADS.get(name).task == "detection"]
+    names = [n for n in names if getattr(HEADS.get(n), "task", None) == "detection"]
     return [(name, options) for name in names for options in VARIANTS.get(name, [{}])]
 
 

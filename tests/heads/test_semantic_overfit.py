@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from vitdense.heads.segmentation.base import SemanticHead
+from vitdense.heads.segmentation.dpt import DPTHead
 from vitdense.heads.segmentation.linear import LinearHead
+from vitdense.heads.segmentation.smp import SmpHead
 from vitdense.heads.segmentation.upernet import UPerNetHead
 from vitdense.metrics.miou import MeanIoU
 from vitdense.structures import IGNORE, Batch, Frame, Level, Target
@@ -62,6 +64,8 @@ def generated() -> Batch:
         (UPerNetHead, {"channels": 16, "aux_weight": 0.0, "dropout": 0.0, "norm": "group"}),
         (LinearHead, {"dropout": 0.0}),
         (LinearHead, {"dropout": 0.0, "losses": {"cross_entropy": 1.0, "lovasz": 1.0}}),
+        (DPTHead, {"channels": 8, "dropout": 0.0, "aux_weight": 0.0}),
+        (SmpHead, {"decoder": "unet", "channels": [16, 16, 16, 16]}),
     ],
 )
 def test_two_images_by_heart(cls: type[SemanticHead], options: dict) -> None:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from segmentation_models_pytorch import losses as smp
 from torch import Tensor
 
-from vitdense.losses.dense import NAMES, DenseLoss, cross_entropy
+from vitdense.losses.dense import NAMES, DenseLoss
+from vitdense.losses.pixels import balance, boundary, cross_entropy, hard_cross_entropy
 from vitdense.structures import IGNORE
 
 CLASSES = 5
@@ -125,7 +126,7 @@ def test_a_loss_has_no_state_and_can_be_copied(logits: Tensor, labels: Tensor) -
             {"losses": {"crossentropy": 1.0}},
             "losses: no 'crossentropy'. Did you mean 'cross_entropy'",
         ),
-        ({"losses": {"ohem": 1.0}}, "losses: no 'ohem'. Known: cross_entropy, dice, focal"),
+        ({"losses": {"hinge": 1.0}}, "losses: no 'hinge'. Known: cross_entropy, ohem, dice"),
         ({"losses": {}}, "losses: names no loss"),
         ({"class_weights": [1.0, 2.0]}, "class_weights: has 2 numbers, the data 5 classes"),
         (
@@ -139,3 +140,68 @@ def test_wrong_options_are_explained(options: dict, message: str) -> None:
     with pytest.raises(ValueError) as error:
         DenseLoss(CLASSES, **options)
     assert str(error.value).startswith(message)
+
+
+def hard_pixels_by_hand(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """The definition in the paper's words, pixel by pixel."""
+    each = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+    flat = [(loss, weights[label]) for loss, label in zip(each.flatten(), labels.flatten(),
+            strict=True) if label != IGNORE]  # fmt: skip
+    flat.sort(key=lambda pair: -pair[0].item())
+    least = max(1, len(flat) // 16)
+    hard = [p for i, p in enumerate(flat) if i < least or p[0].exp().reciprocal() < 0.7]
+    return sum(loss * weight for loss, weight in hard) / sum(weight for _, weight in hard)
+
+
+@pytest.mark.parametrize("sureness", [0.1, 3.0, 60.0])
+def test_hard_cross_entropy_is_that_of_the_hard_pixels(
+    logits: Tensor, labels: Tensor, sureness: float
+) -> None:
+    right = F.one_hot(labels.where(labels != IGNORE, 0), CLASSES).movedim(-1, 1)
+    sure = logits + sureness * right
+    weights = torch.tensor([0.5, 2.0, 1.0, 1.0, 7.0], dtype=torch.float64)
+    expected = hard_pixels_by_hand(sure, labels, weights)
+    assert torch.allclose(hard_cross_entropy(sure, labels, weights), expected)
+
+
+def test_boundary_is_small_for_outlines_two_pixels_off_and_large_beyond() -> None:
+    def at(column: int) -> Tensor:
+        labels = torch.zeros(1, 16, 24, dtype=torch.int64)
+        labels[:, :, column:] = 1
+        return labels
+
+    def loss(column: int) -> float:
+        logits = 30.0 * F.one_hot(at(column), 3).movedim(-1, 1)
+        return boundary(logits, at(10)).item()
+
+    assert loss(10) == pytest.approx(0, abs=1e-5)
+    assert loss(11) == pytest.approx(0, abs=1e-5)  # two pixels belong to the other class's outline
+    assert loss(16) == pytest.approx(1, abs=1e-5)
+
+
+def test_boundary_ignores_the_edge_of_ignored_regions() -> None:
+    labels = torch.zeros(1, 12, 12, dtype=torch.int64)
+    labels[:, 4:8] = IGNORE
+    logits = torch.randn(1, 2, 12, 12)
+    assert boundary(logits, labels).item() == 0
+
+
+def test_balanced_weights_of_frequencies_by_hand() -> None:
+    pixels = torch.tensor([600, 300, 0, 100])
+    shared = torch.tensor([1000, 400, 0, 200])
+    inverse = balance(pixels, shared, median=False)
+    assert torch.allclose(inverse[[0, 1, 3]] * torch.tensor([6.0, 3.0, 1.0]), inverse[3])
+    assert inverse[[0, 1, 3]].mean() == pytest.approx(1) and inverse[2] == 1
+    # frequencies 0.6, 0.75, 0.5: the median is 0.6
+    expected = torch.tensor([1.0, 0.8, 1.0, 1.2])
+    assert torch.allclose(balance(pixels, shared, median=True), expected)
+
+
+def test_a_balanced_loss_weighs_what_the_data_lacks(logits: Tensor, labels: Tensor) -> None:
+    criterion = DenseLoss(CLASSES, class_weights="inverse")
+    plain = DenseLoss(CLASSES)(logits, labels)["cross_entropy"]
+    assert torch.allclose(criterion(logits, labels)["cross_entropy"], plain)  # not told yet
+    pixels = torch.tensor([8, 4, 2, 1, 1])
+    criterion.set_frequencies(pixels, pixels)
+    expected = cross_entropy(logits, labels, balance(pixels, pixels, median=False))
+    assert torch.allclose(criterion(logits, labels)["cross_entropy"], expected)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import ndimage
 from torch import Tensor
 
 from vitdense.data.base import DataError
@@ -240,3 +241,60 @@ def test_an_update_does_not_wait_for_the_device() -> None:
         torch.cuda.set_sync_debug_mode("default")
     assert metric.matrix.device.type == "cuda"
     assert metric.compute()["mIoU"] == 1.0
+
+
+def outline(mask: np.ndarray, width: int) -> np.ndarray:
+    """The mask less its erosion, outside of the image being no part of it."""
+    square = np.ones((3, 3), dtype=bool)
+    return mask & ~ndimage.binary_erosion(mask, square, iterations=width)
+
+
+def test_boundary_iou_equals_eroded_masks() -> None:
+    torch.manual_seed(0)
+    shapes = [(40, 61), (90, 33)]
+    truths = [torch.randint(4, (h // 8 + 1, w // 8 + 1)) for h, w in shapes]
+    truths = [
+        truth.repeat_interleave(8, 0).repeat_interleave(8, 1)[:h, :w]
+        for truth, (h, w) in zip(truths, shapes, strict=True)
+    ]
+    answers = [torch.where(torch.rand(t.shape) < 0.05, 1, t.roll(2, 1)) for t in truths]
+    truths[0][:9, :20] = IGNORE
+    metric = MeanIoU(names_of(5), boundary=0.02)
+    count(metric, answers, truths)
+    found = metric.compute()
+    inter, union = np.zeros(5), np.zeros(5)
+    for answer, truth in zip(answers, truths, strict=True):
+        width = max(1, round(0.02 * np.hypot(*truth.shape)))
+        counted = truth.numpy() != IGNORE
+        for label in range(5):
+            a, t = (outline(maps.numpy() == label, width) & counted for maps in (answer, truth))
+            inter[label] += (a & t).sum()
+            union[label] += (a | t).sum()
+    for label in range(4):
+        assert found[f"BIoU/class {label}"] == pytest.approx(inter[label] / union[label], abs=1e-12)
+    assert "BIoU/class 4" not in found
+    assert found["mBIoU"] == pytest.approx((inter[:4] / union[:4]).mean(), abs=1e-12)
+    assert "mBIoU" not in MeanIoU(names_of(5)).compute()
+
+
+def test_calibration_error_by_hand() -> None:
+    torch.manual_seed(0)
+    truth = torch.randint(3, (20, 30))
+    answer = torch.where(torch.rand(20, 30) < 0.3, 0, truth)
+    confidence = torch.rand(20, 30)
+    confidence[0, :3] = torch.tensor([0.0, 1.0, 0.2])  # 0.2 is the upper edge of the third bin
+    truth[10:] = IGNORE
+    metric = MeanIoU(names_of(3), calibration=True)
+    metric.update([Prediction(semantic=answer, confidence=confidence)], batch_of([truth]))
+    right, sure = (answer == truth)[:10].flatten(), confidence[:10].flatten()
+    error = 0.0
+    for index in range(15):
+        inside = (sure > index / 15) & (sure <= (index + 1) / 15)
+        if index == 0:
+            inside |= sure == 0
+        if inside.any():
+            gap = right[inside].double().mean() - sure[inside].double().mean()
+            error += inside.double().mean().item() * abs(gap.item())
+    assert metric.compute()["ECE"] == pytest.approx(error, abs=1e-9)
+    with pytest.raises(ValueError, match=r"0\.jpg: calibration needs the confidence"):
+        metric.update([Prediction(semantic=answer)], batch_of([truth]))

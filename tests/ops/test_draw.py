@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vitdense.ops.draw import draw, grid, palette, side_by_side
+from vitdense.ops.draw import as_segments, draw, grid, palette, side_by_side
 from vitdense.structures import IGNORE, Prediction, Target
 
 GREY = torch.full((3, 80, 120), 128, dtype=torch.uint8)
@@ -47,6 +47,34 @@ def test_masks_are_tinted(kind):
     picture = draw(GREY, answer, NAMES)
     assert changed(picture)[31:59, 41:99].all()
     assert not changed(picture)[62:].any()
+
+
+def test_objects_of_one_class_are_told_apart():
+    masks = torch.zeros(2, 80, 120, dtype=torch.bool)
+    masks[0, 10:70, 5:55] = masks[1, 10:70, 65:115] = True
+    target = Target(torch.tensor([0, 0]), torch.tensor([[5.0, 10, 55, 70]] * 2), masks)
+    scored = Prediction(torch.tensor([0.9, 0.8]), target.labels, target.boxes, masks)
+    for answer in (scored, as_segments(target)):
+        picture = draw(GREY, answer, NAMES)
+        assert (picture[:, 65, 10] != picture[:, 65, 110]).any()
+        assert torch.equal(picture[:, 10, 20], torch.tensor(palette(1)[0], dtype=torch.uint8))
+        assert changed(picture).sum() == masks.sum()  # no frames, and names inside
+
+
+def test_the_best_object_has_the_color_of_its_class():
+    masks = torch.ones(2, 80, 120, dtype=torch.bool)
+    answer = Prediction(torch.tensor([0.9, 0.8]), torch.tensor([1, 1]), None, masks)
+    corner = draw(GREY, answer, NAMES)[:, 0, 0]
+    assert torch.equal(corner, torch.tensor(palette(2)[1], dtype=torch.uint8))
+
+
+def test_segments_without_labels_or_pixels_are_left_alone():
+    panoptic = torch.zeros(80, 120, dtype=torch.long)
+    panoptic[:, :40] = 1
+    answer = Prediction(torch.tensor([0.9, 0.8]), torch.tensor([0, 1]), panoptic=panoptic)
+    assert not changed(draw(GREY, answer, NAMES))[:, 40:].any()
+    nothing = Target(torch.zeros(0, dtype=torch.long), None, torch.zeros(0, 80, 120).bool())
+    assert torch.equal(draw(GREY, as_segments(nothing), NAMES), GREY)
 
 
 def test_label_maps_are_tinted_and_ignored_pixels_are_not():

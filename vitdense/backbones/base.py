@@ -13,11 +13,13 @@ class Backbone(nn.Module):
     Attributes:
         levels: channels and stride of each map, finest first, known before anything runs.
         in_chans: channels of the images it takes.
+        token_channels: of the class token that `forward_with_token` gives; 0 = it gives none.
         mean, std: per-channel normalisation of images in 0..1, applied by the model.
     """
 
     levels: list[Level]
     in_chans: int = 3
+    token_channels: int = 0
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
@@ -30,6 +32,10 @@ class Backbone(nn.Module):
         Returns:
             float [B, channels, ceil(H / stride), ceil(W / stride)] for each level, finest first.
         """
+        raise NotImplementedError
+
+    def forward_with_token(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The maps, and the last class token, float [B, token_channels], if that is not 0."""
         raise NotImplementedError
 
     def layer_depths(self) -> dict[str, int]:

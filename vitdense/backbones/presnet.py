@@ -54,4 +54,5 @@ class PResNetBackbone(TimmBackbone):
         width = first.conv1.in_channels
         shortcut = downsample_avg(width, width, 1)
         first.downsample = creation.freeze_norms(shortcut, model) if frozen_norms else shortcut
-        self._frozen = [] if frozen is False else self._freeze(frozen)
+        if frozen is not False:
+            self._freeze(frozen)

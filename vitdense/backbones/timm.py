@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from fnmatch import fnmatch
 from typing import Any, Literal, Self
 
+import torch
 import torch.nn.functional as F
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
@@ -54,7 +56,8 @@ class TimmBackbone(Backbone):
         window_size: PositiveInt | None = None,  # or into equal windows of at most so many patches
         global_blocks: list[int] | None = None,  # see all windows; by default 2, 5, 8, 11 of 12
         norm: bool | Literal["all"] | None = None,  # final norm: last map or all; plain ViTs: true
-        level_norm: bool = False,  # a new LayerNorm on each map, as UPerNet on Swin has it
+        level_norm: bool = False,  # a new LayerNorm on each map: Swin's and ConvNeXt's recipes
+        class_token: Literal["drop", "add", "concat"] = "drop",  # of plain ViTs, on every patch
         pad_before_roll: bool = True,  # Swin's windows as in the original code, not as in timm's
         mean: list[float] | None = None,  # of pixels in 0..1; by default what the weights expect
         std: list[float] | None = None,  # of pixels in 0..1; by default what the weights expect
@@ -82,11 +85,15 @@ class TimmBackbone(Backbone):
             swin.pad_before_roll(self.model)
         self.mean, self.std = _pixel_statistics(self.model, mean, std, in_chans)
         self.normed = self._prune(norm, default=survey.is_plain and not level_norm)
-        self.level_norms = _level_norms(self.levels) if level_norm else None
         self.windows = prepare(self.model, survey, windows, window_size, global_blocks)
+        self.class_token, self.token_channels = class_token, self._token_channels()
+        if class_token != "drop":
+            self._take_class_token()
+        self.level_norms = _level_norms(self.levels, self.model) if level_norm else None
         if checkpointing:
             self._checkpoint()
-        self._frozen = [] if frozen is False else self._freeze(frozen)
+        if frozen is not False:
+            self._freeze(frozen)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """float [B, in_chans, H, W] -> float [B, channels, ceil(H / stride), ceil(W / stride)]s.
@@ -94,25 +101,34 @@ class TimmBackbone(Backbone):
         Raises:
             ValueError: the model has a fixed input size that is smaller than the images.
         """
+        return self._compute(images, with_token=self.class_token != "drop")[0]
+
+    def forward_with_token(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        maps, token = self._compute(images, with_token=True)
+        assert token is not None
+        return maps, token
+
+    def _compute(self, images: Tensor, with_token: bool) -> tuple[list[Tensor], Tensor | None]:
         height, width = images.shape[-2:]
         canvas = self.canvas.fit((height, width))
         if self.windows is not None:
             canvas = self.windows.fit(canvas)
         padded = F.pad(images, (0, canvas[1] - width, 0, canvas[0] - height))
-        maps = self._maps(padded.contiguous(memory_format=self.layout))
+        parts = self._parts(padded.contiguous(memory_format=self.layout), with_token)
         maps = [
             feature[..., : math.ceil(height / level.stride), : math.ceil(width / level.stride)]
-            for feature, level in zip(maps, self.levels, strict=True)
+            for feature, level in zip(map(self._join, parts), self.levels, strict=True)
         ]
         if self.level_norms is not None:
             maps = [norm(feature) for norm, feature in zip(self.level_norms, maps, strict=True)]
-        return maps
+        return maps, parts[-1][1].flatten(1) if with_token else None
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode; frozen parts stay in evaluation mode."""
         super().train(mode)
-        for module in self._frozen:
-            module.eval()
+        for module in self.model.modules():
+            if _is_frozen(module):
+                module.eval()
         return self
 
     def layer_depths(self) -> dict[str, int]:
@@ -139,17 +155,50 @@ class TimmBackbone(Backbone):
             if POSITIONS.search(name) or any(fnmatch(name, pattern) for pattern in exempt)
         }
 
-    def _maps(self, padded: Tensor) -> list[Tensor]:
-        """timm's maps of images that fit, with the final norm where it belongs."""
-        if self.windows is None:
-            maps = self.model.forward_intermediates(
-                padded, indices=self.indices, intermediates_only=True
-            )
-        else:
+    def _parts(self, padded: Tensor, with_token: bool) -> list[list[Tensor]]:
+        """timm's maps of images that fit, with the final norm where it belongs, and tokens."""
+        parts = self._intermediates(padded, with_token)
+        for index in range(len(parts) - self.normed, len(parts)):
+            parts[index] = [_normed(self.model.norm, part) for part in parts[index]]
+        return parts
+
+    def _join(self, part: list[Tensor]) -> Tensor:
+        """A map with its class token where that belongs."""
+        if self.class_token == "drop":
+            return part[0]
+        map_, token = part
+        if self.class_token == "add":
+            return map_ + token
+        return torch.cat([map_, token.expand_as(map_)], dim=1)
+
+    def _intermediates(self, padded: Tensor, with_token: bool) -> list[list[Tensor]]:
+        """The maps [B, C, H, W], each with the class token [B, C, 1, 1] if it is asked for."""
+        if self.windows is not None:
             maps = self.windows.forward_intermediates(self.model, padded, self.indices)
-        for index in range(len(maps) - self.normed, len(maps)):
-            maps[index] = _normed(self.model.norm, maps[index])
-        return maps
+            return [[map_] for map_ in maps]
+        arguments = {"indices": self.indices, "intermediates_only": True}
+        if not with_token:
+            return [[map_] for map_ in self.model.forward_intermediates(padded, **arguments)]
+        pairs = self.model.forward_intermediates(padded, **arguments, return_prefix_tokens=True)
+        return [[map_, prefix[:, 0, :, None, None]] for map_, prefix in pairs]
+
+    def _token_channels(self) -> int:
+        """Of the class token, 0 if there is none, or one in each of the windows."""
+        known = inspect.signature(self.model.forward_intermediates).parameters
+        token = getattr(self.model, "cls_token", None)
+        given = token is not None and "return_prefix_tokens" in known and self.windows is None
+        return self.levels[-1].channels if given else 0
+
+    def _take_class_token(self) -> None:
+        """Check that the model has one to give, and state the levels that it makes."""
+        if self.windows is not None:
+            raise ValueError(
+                "class_token: each of the `windows` has its own; leave one of them out"
+            )
+        if not self.token_channels:
+            raise ValueError(f"class_token: {self.name} has none to give")
+        if self.class_token == "concat":
+            self.levels = [Level(2 * level.channels, level.stride) for level in self.levels]
 
     def _prune(self, norm: bool | Literal["all"] | None, default: bool) -> int:
         """Drop blocks, head and norm that no map needs; return how many last maps are normed."""
@@ -173,8 +222,8 @@ class TimmBackbone(Backbone):
         except (AssertionError, AttributeError) as error:
             raise ValueError(f"checkpointing: {self.name} has no support for it") from error
 
-    def _freeze(self, frozen: bool | int) -> list[nn.Module]:
-        """Stop gradients of all or of the first layers; return the modules that are frozen."""
+    def _freeze(self, frozen: bool | int) -> None:
+        """Stop gradients of all or of the first layers."""
         names = {name for name, _ in self.named_parameters() if name.startswith("model.")}
         if frozen is not True:
             depths = self.layer_depths()
@@ -187,7 +236,6 @@ class TimmBackbone(Backbone):
         for name, parameter in self.named_parameters():
             if name in names:
                 parameter.requires_grad_(False)
-        return [module for module in self.model.modules() if _is_frozen(module)]
 
 
 def choose_indices(survey: Survey, wanted: list[int] | None) -> list[int]:
@@ -218,10 +266,13 @@ def _normed(norm: nn.Module, feature: Tensor) -> Tensor:
     return norm(feature.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def _level_norms(levels: list[Level]) -> nn.ModuleList:
+def _level_norms(levels: list[Level], model: nn.Module) -> nn.ModuleList:
+    """Layer norms with the epsilon of the model's own: 1e-5 of Swin, 1e-6 of ConvNeXt."""
     from timm.layers import LayerNorm2d
 
-    return nn.ModuleList(LayerNorm2d(level.channels, eps=1e-5) for level in levels)
+    own = (module.eps for module in model.modules() if isinstance(module, nn.LayerNorm))
+    eps = next(own, 1e-5)
+    return nn.ModuleList(LayerNorm2d(level.channels, eps=eps) for level in levels)
 
 
 def _is_frozen(module: nn.Module) -> bool:

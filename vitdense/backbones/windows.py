@@ -64,7 +64,7 @@ class Windows:
         """
         canvas = (images.shape[-2], images.shape[-1])
         grid, split = (canvas[0] // self.stride, canvas[1] // self.stride), self.split(canvas)
-        tokens, rope = _embed(model, images)
+        tokens, rope = embed(model, images)
         prefix = model.num_prefix_tokens
         patches = partition(tokens[:, prefix:], grid, split)
         repeated = tokens[:, None, :prefix].expand(-1, patches.shape[1], -1, -1)
@@ -166,7 +166,7 @@ class _Rotations:
         return by_window.repeat(self.batch, 1, 1, 1)
 
 
-def _embed(model: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
+def embed(model: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
     """Tokens [B, prefix + rows * columns, C] with their positions, and rotary positions."""
     tokens, rope = model.patch_embed(images), None
     if isinstance(model, Eva):

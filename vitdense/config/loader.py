@@ -12,7 +12,7 @@ from vitdense.config.errors import ConfigError, Mark, Problem
 from vitdense.config.nodes import Node
 from vitdense.config.part import Part
 from vitdense.config.reader import BAD, Reader
-from vitdense.config.schema import OF_SCHEDULES, Config, Schedule, Section
+from vitdense.config.schema import Choice, Config, Section
 from vitdense.registry import add_module, suggest
 
 
@@ -96,11 +96,9 @@ def _plain(value: Any) -> Any:
     """Mappings, lists and scalars; parts become mappings with their name first."""
     if isinstance(value, Part):
         return {"name": value.name, **_plain(value.options)}
-    if isinstance(value, Schedule):
-        keys = ("name", "warmup", *OF_SCHEDULES[value.name])
-        return {key: _plain(getattr(value, key)) for key in keys}
     if isinstance(value, Section):
-        return {key: _plain(item) for key, item in dict(value).items()}
+        absent = value.absent if isinstance(value, Choice) else ()
+        return {key: _plain(item) for key, item in dict(value).items() if key not in absent}
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

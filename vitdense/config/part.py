@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,10 @@ class Part:
     def type(self) -> type[Any]:
         """The class, imported on first use."""
         return REGISTRIES[self.kind].get(self.name)
+
+    def takes(self, fact: str) -> bool:
+        """Whether its constructor has a parameter of this name."""
+        return fact in inspect.signature(self.type).parameters
 
     def __call__(self, *facts: Any) -> Any:
         """Build it; raises ConfigError at the part's place if the constructor refuses."""

@@ -6,12 +6,13 @@ The options of parts (backbones, heads, data sets, ...) are not here: their cons
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
 from vitdense.config.part import Part
 from vitdense.config.types import (
+    Bool,
     Fraction,
     Int,
     NonNegativeFloat,
@@ -35,6 +36,29 @@ class Section(BaseModel):
     )
 
 
+class Choice(Section):
+    """A section whose `name` decides which of its other keys there are.
+
+    Attributes:
+        owned: the keys that only some names have, by name.
+    """
+
+    owned: ClassVar[dict[str, tuple[str, ...]]]
+    name: str
+
+    @property
+    def absent(self) -> set[str]:
+        """The keys that this name has not."""
+        return {key for keys in self.owned.values() for key in keys} - set(self.owned[self.name])
+
+    @model_validator(mode="after")
+    def _only_its_own(self) -> Self:
+        for key in sorted(self.absent & self.model_fields_set):
+            kind = type(self).__name__.lower()
+            raise ValueError(f"{key}: {kind} {self.name!r} has no option {key!r}; remove it")
+        return self
+
+
 class Data(Section):
     """What the model learns from and is judged by."""
 
@@ -44,6 +68,16 @@ class Data(Section):
     val: Str = Field(default="val", description="split to evaluate on")
     transforms: Annotated[Part, PartOf("transform")] = Field(
         description="how images are prepared for training and for evaluation"
+    )
+    image_labels: Str | None = Field(
+        default=None,
+        description="file under root with labels of whole images, for a model with an image_head: "
+        "a table with the columns image and label; null = there are none",
+    )
+    rare: Fraction | None = Field(
+        default=None,
+        description="images of classes that a smaller part of the images shows are seen more "
+        "often: the square root of this over that part; null = all as often",
     )
     workers: NonNegativeInt | Literal["auto"] = Field(
         default="auto",
@@ -111,17 +145,25 @@ class Train(Section):
         return self
 
 
-class Optimizer(Section):
-    """AdamW; norms, biases and embeddings do not decay."""
+class Optimizer(Choice):
+    """AdamW or SGD; norms, biases and embeddings do not decay."""
 
+    owned = {"adamw": ("betas",), "sgd": ("momentum",)}
+
+    name: Literal["adamw", "sgd"] = Field(
+        default="adamw", description="sgd = with momentum, for recipes that say so"
+    )
     lr: PositiveFloat = Field(default=2e-4, description="highest learning rate")
-    weight_decay: NonNegativeFloat = Field(default=0.05, description="decoupled weight decay")
+    weight_decay: NonNegativeFloat = Field(
+        default=0.05, description="weight decay, decoupled from the gradient by adamw"
+    )
     betas: tuple[Fraction, Fraction] = Field(
         default=(0.9, 0.999),
-        description="decay of the running means of gradient and squared gradient",
+        description="adamw: decay of the running means of gradient and squared gradient",
     )
+    momentum: Fraction = Field(default=0.9, description="sgd: decay of the running gradient")
     backbone_scale: NonNegativeFloat = Field(
-        default=1.0, description="learning rate of the backbone, relative to lr"
+        default=1.0, description="learning rate of the backbone, relative to lr; 0 = frozen"
     )
     layer_decay: Annotated[Fraction, Field(gt=0), Words("a number above 0, up to 1")] = Field(
         default=1.0,
@@ -134,18 +176,16 @@ class Optimizer(Section):
     )
 
 
-OF_SCHEDULES = {
-    "constant": (),
-    "cosine": ("final",),
-    "flat_cosine": ("flat", "tail", "final"),
-    "poly": ("final", "power"),
-    "multistep": ("milestones", "gamma"),
-}
-"""Which keys of `schedule` each schedule has beside `name` and `warmup`."""
-
-
-class Schedule(Section):
+class Schedule(Choice):
     """The learning rate over the run: a linear warm-up, then a curve."""
+
+    owned = {
+        "constant": (),
+        "cosine": ("final",),
+        "flat_cosine": ("flat", "tail", "final"),
+        "poly": ("final", "power"),
+        "multistep": ("milestones", "gamma"),
+    }
 
     name: Literal["cosine", "flat_cosine", "poly", "multistep", "constant"] = Field(
         default="cosine", description="the curve"
@@ -167,13 +207,38 @@ class Schedule(Section):
     gamma: Fraction = Field(default=0.1, description="multistep: factor at each milestone")
 
     @model_validator(mode="after")
-    def _only_its_own(self) -> Schedule:
-        for key in ("final", "flat", "tail", "power", "milestones", "gamma"):
-            if key in self.model_fields_set and key not in OF_SCHEDULES[self.name]:
-                raise ValueError(f"{key}: schedule {self.name!r} has no option {key!r}; remove it")
+    def _fits(self) -> Schedule:
         parts = [span for span in (self.flat, self.tail) if isinstance(span, float)]
         if self.name == "flat_cosine" and sum(parts) > 1:
             raise ValueError("flat: with tail it is longer than the run; lower one of them")
+        return self
+
+
+class Inference(Section):
+    """How semantic models answer, in training, `eval` and `predict`: windows, flips, scales."""
+
+    window: PositiveInt | tuple[PositiveInt, PositiveInt] | None = Field(
+        default=None,
+        description="side, or height and width, of windows over the prepared image; null = whole",
+    )
+    overlap: Annotated[Fraction, Field(lt=1), Words("a number from 0 to below 1")] = Field(
+        default=1 / 3, description="least part of a window that the next one covers too"
+    )
+    blend: Literal["flat", "gaussian", "center"] = Field(
+        default="flat",
+        description="where windows overlap: flat = the mean; gaussian = most from the window in "
+        "whose middle it lies; center = all from the nearest one",
+    )
+    batch_size: PositiveInt = Field(default=4, description="windows computed at a time")
+    flip: Bool = Field(default=False, description="average with the image mirrored")
+    scales: tuple[PositiveFloat, ...] = Field(
+        default=(1.0,), description="factors on the prepared image's size; the answers are averaged"
+    )
+
+    @model_validator(mode="after")
+    def _some_scale(self) -> Inference:
+        if not self.scales:
+            raise ValueError("scales: give one or more; [1.0] is the image as it is prepared")
         return self
 
 
@@ -187,6 +252,7 @@ class Config(Section):
     train: Train = Field(description=Train.__doc__)
     optimizer: Optimizer = Field(default=Optimizer(), description=Optimizer.__doc__)
     schedule: Schedule = Field(default=Schedule(), description=Schedule.__doc__)
+    inference: Inference = Field(default=Inference(), description=Inference.__doc__)
     metric: Annotated[Part, PartOf("metric")] | None = Field(
         default=None, description="what is measured; null = by the model's task: coco or miou"
     )
@@ -218,4 +284,5 @@ SECTIONS: dict[str, type[Section]] = {
     "train": Train,
     "optimizer": Optimizer,
     "schedule": Schedule,
+    "inference": Inference,
 }

@@ -86,7 +86,7 @@ def _timm_options(config: Config) -> Config:
     name = config["backbone"]
     wanted = config.get("out_indices") or [1, 2, 3, 4]
     resnet = {"frozen_norms": True} if name.startswith("res") else {}
-    return {"model": name, "out_indices": list(wanted), **resnet}
+    return {"model": name, "out_indices": list(wanted), "level_norm": False, **resnet}
 
 
 def _timm_rules(config: Config) -> Rules:
@@ -169,13 +169,18 @@ SWINS = {
 }
 
 
-def _swin_options(config: Config) -> Config:
+def swin_options(config: Config) -> Config:
+    """Options of timm's Swin for a config of transformers, with a norm on each map."""
     _refuse(config, use_absolute_embeddings=False, hidden_act="gelu", patch_size=4)
     _refuse(config, mlp_ratio=4.0, qkv_bias=True)
     width, window = config.get("embed_dim", 96), config.get("window_size", 7)
     depths = config.get("depths", [2, 2, 6, 2])
     name = SWINS.get((width, tuple(depths), window))
-    options = {"out_indices": [n - 1 for n in stages(config)], "level_norm": True}
+    options = {
+        "out_indices": [n - 1 for n in stages(config)],
+        "level_norm": True,
+        "drop_path": config.get("drop_path_rate", 0.1),
+    }
     if name is not None:
         return {"model": name, **options}
     heads = config.get("num_heads", [3, 6, 12, 24])
@@ -184,7 +189,6 @@ def _swin_options(config: Config) -> Config:
 
 
 def _swin_rules(config: Config) -> Rules:
-    places = {number: place for place, number in enumerate(stages(config))}
     return [
         (r"^(swin\.)?embeddings\.patch_embeddings\.projection", "model.patch_embed.proj"),
         (r"^(swin\.)?embeddings\.norm", "model.patch_embed.norm"),
@@ -194,7 +198,7 @@ def _swin_rules(config: Config) -> Rules:
             lambda m: f"model.layers.{int(m[1]) + 1}.downsample",
         ),
         (r"^(swin\.)?encoder\.", "model."),
-        (r"^hidden_states_norms\.stage(\d+)", lambda m: f"level_norms.{places[int(m[1])]}"),
+        _level_norms(config),
         (r"attention\.(self|relative_position_bias)\.(relative_position_bias_table)", r"attn.\2"),
         *ATTENTION,
         (r"layernorm_before", "norm1"),
@@ -202,6 +206,51 @@ def _swin_rules(config: Config) -> Rules:
         (r"\.intermediate\.dense", ".mlp.fc1"),
         (r"\.output\.dense", ".mlp.fc2"),
     ]
+
+
+CONVNEXTS = {
+    ((96, 192, 384, 768), (3, 3, 9, 3)): "convnext_tiny",
+    ((96, 192, 384, 768), (3, 3, 27, 3)): "convnext_small",
+    ((128, 256, 512, 1024), (3, 3, 27, 3)): "convnext_base",
+    ((192, 384, 768, 1536), (3, 3, 27, 3)): "convnext_large",
+    ((256, 512, 1024, 2048), (3, 3, 27, 3)): "convnext_xlarge",
+}
+
+
+def _convnext_options(config: Config) -> Config:
+    _refuse(config, hidden_act="gelu", patch_size=4, num_stages=4)
+    widths = tuple(config.get("hidden_sizes") or (96, 192, 384, 768))
+    depths = tuple(config.get("depths") or (3, 3, 9, 3))
+    options: Config = {
+        "out_indices": [n - 1 for n in stages(config)],
+        "level_norm": True,
+        "drop_path": config.get("drop_path_rate", 0.0),
+    }
+    if name := CONVNEXTS.get((widths, depths)):
+        return {"model": name, **options}
+    extra = {"dims": list(widths), "depths": list(depths)}
+    return {"model": "convnext_tiny", **options, "options": extra}
+
+
+def _convnext_rules(config: Config) -> Rules:
+    return [
+        (r"^(convnext\.)?embeddings\.patch_embeddings", "model.stem.0"),
+        (r"^(convnext\.)?embeddings\.layernorm", "model.stem.1"),
+        (r"^(convnext\.)?encoder\.", "model."),
+        (r"\.downsampling_layer\.", ".downsample."),
+        (r"\.layers\.(\d+)\.", r".blocks.\1."),
+        (r"\.dwconv", ".conv_dw"),
+        (r"\.layernorm", ".norm"),
+        (r"\.pwconv(\d)", r".mlp.fc\1"),
+        (r"\.layer_scale_parameter", ".gamma"),
+        _level_norms(config),
+    ]
+
+
+def _level_norms(config: Config) -> tuple[str, Callable[[re.Match[str]], str]]:
+    """The norms of the maps; transformers numbers them by stage, we by place."""
+    places = {number: place for place, number in enumerate(stages(config))}
+    return r"^hidden_states_norms\.stage(\d+)", lambda m: f"level_norms.{places[int(m[1])]}"
 
 
 ATTENTION: list[tuple[str, str]] = [
@@ -292,7 +341,8 @@ KINDS = {
     "resnet": Kind(_resnet_options, _resnet_rules),
     "rt_detr_resnet": Kind(_rt_detr_resnet_options, _rt_detr_resnet_rules),
     "hgnet_v2": Kind(_hgnet_options, _hgnet_rules),
-    "swin": Kind(_swin_options, _swin_rules),
+    "swin": Kind(swin_options, _swin_rules),
+    "convnext": Kind(_convnext_options, _convnext_rules),
     "dinov2": Kind(_dinov2_options, _dinov2_rules),
 }
 """By transformers' `model_type`."""

@@ -71,6 +71,18 @@ def from_labels(config: dict[str, Any], count: int | None = None) -> Classes:
     return Classes(list(kept.values()), rows, rows, count or max(labels) + 1)
 
 
+def of_pixels(config: dict[str, Any], first: int) -> Classes:
+    """The classes of a semantic model, every row of them: background is a class of pixels too.
+
+    Args:
+        first: the label of the first class in label maps: 1 if label 0 is ignored there.
+    """
+    labels = {int(i): str(name) for i, name in (config.get("id2label") or {}).items()}
+    rows = list(range(max(labels, default=1) + 1))
+    names = [labels.get(row, f"LABEL_{row}").strip() for row in rows]
+    return Classes(names, [row + first for row in rows], rows, len(rows))
+
+
 def from_count(count: int) -> Classes:
     """For a source that says no names: COCO's if it has 80, 90 or 91 rows, else numbers."""
     if count == len(COCO):

@@ -23,6 +23,19 @@ from vitdense.engine.checkpoint import Meta
 from vitdense.engine.classes import class_axes
 from vitdense.models.base import Model
 
+PLACES: dict[str, dict[str, str]] = {
+    "coco": {"root": "data/coco", "train": "train2017", "val": "val2017"},
+    "coco_panoptic": {"root": "data/coco", "train": "train2017", "val": "val2017"},
+    "ade20k": {"root": "data/ADEChallengeData2016", "train": "training", "val": "validation"},
+}
+"""Where the data sets of public models usually lie, and what their splits are called."""
+
+DETECTION: dict[str, Any] = {
+    "train": {"epochs": 12, "batch_size": 8},
+    "optimizer": {"lr": 1e-4, "weight_decay": 1e-4, "backbone_scale": 0.1},
+}
+"""How a model is trained further, unless its plan says otherwise."""
+
 
 def convert(source: str, out: Path | str, partial: bool = False) -> Report:
     """Convert public weights, and write `out` and beside it a config to train from it.
@@ -112,17 +125,15 @@ def fill(model: Model, weights: Weights, plan: Plan) -> Report:
 
 def make_config(plan: Plan, out: Path) -> Config:
     """A whole config around the planned model: to evaluate it, and to train from it."""
+    dataset = plan.dataset
     tree: dict[str, Any] = {
         "model": plan.model,
         "data": {
             "dataset": plan.dataset,
-            "root": "data/coco",
-            "train": "train2017",
-            "val": "val2017",
+            **PLACES[dataset["name"] if isinstance(dataset, dict) else dataset],
             "transforms": plan.transforms,
         },
-        "train": {"epochs": 12, "batch_size": 8},
-        "optimizer": {"lr": 1e-4, "weight_decay": 1e-4, "backbone_scale": 0.1},
+        **(plan.recipe or DETECTION),
         "output": f"runs/{out.stem}",
     }
     return configs.loads(to_yaml(tree), file=str(out))

@@ -47,14 +47,17 @@ class Plan:
         transforms: the `data.transforms` mapping: how images are prepared.
         fresh: our names that the source cannot have, by why: pattern -> reason. They keep their
             initial values, and the report names them.
-        dataset: the `data.dataset` that the classes are those of.
+        dataset: the `data.dataset` that the classes are those of, a name or with options.
+        recipe: the sections `train`, `optimizer` and `schedule` of the config to train from it; by
+            default those of a detector.
     """
 
     model: dict[str, Any]
     classes: Classes
     transforms: dict[str, Any]
     fresh: dict[str, str] = field(default_factory=dict)
-    dataset: str = "coco"
+    dataset: str | dict[str, Any] = "coco"
+    recipe: dict[str, Any] = field(default_factory=dict)
 
 
 class Family:

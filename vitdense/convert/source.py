@@ -33,7 +33,8 @@ class Source:
     Attributes:
         name: the path or id that was given.
         weights: on the CPU, by the source's names.
-        config: transformers' config.json, or the arguments that a .pth was trained with.
+        config: transformers' config.json, or what a .pth keeps beside its weights: the arguments
+            that it was trained with, or OpenMMLab's `meta`.
         preprocessor: transformers' preprocessor_config.json, if there is one.
     """
 
@@ -149,7 +150,8 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     weights = _find_state(content)
     if not weights:
         raise ConversionError(f"{path}: holds no weights under a name that is known")
-    arguments = content.get("args", {}) if isinstance(content, dict) else {}
+    said = content if isinstance(content, dict) else {}
+    arguments = said.get("args") or said.get("meta") or {}
     return weights, vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
 
 

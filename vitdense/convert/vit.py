@@ -23,6 +23,15 @@ DINOV2: Rules = [
 ]
 """From `embeddings.` and `encoder.` on, of transformers 5, of older ones and of RF-DETR itself."""
 
+DPT: Rules = [
+    *DINOV2,
+    (r"layernorm_before", "norm1"),
+    (r"layernorm_after", "norm2"),
+    (r"\.intermediate\.dense", ".mlp.fc1"),
+    (r"\.output\.dense", ".mlp.fc2"),
+]
+"""From `embeddings.` and `encoder.` on, of transformers' plain ViT, which DPT has."""
+
 LW_DETR: Rules = [
     (r"^embeddings\.position_embeddings", "pos_embed"),
     (r"^embeddings\.projection", "patch_embed.proj"),
@@ -88,12 +97,15 @@ def key_bias(bias: Tensor) -> Tensor:
     return torch.cat((queries, torch.zeros_like(queries), values))
 
 
-def resample(positions: Tensor, grid: Size, prefix: int, antialias: bool = True) -> Tensor:
-    """Positions of a square grid for another one, bicubic.
+def resample(
+    positions: Tensor, grid: Size, prefix: int, antialias: bool = True, mode: str = "bicubic"
+) -> Tensor:
+    """Positions of a square grid for another one.
 
     Args:
         positions: [1, prefix + side * side, C], those of class and register tokens first.
-        antialias: as timm and RF-DETR; LW-DETR and ViTDet do without.
+        antialias: as timm and RF-DETR; LW-DETR, ViTDet and DPT do without.
+        mode: `bilinear` as DPT, otherwise all use `bicubic`.
 
     Returns:
         [1, prefix + rows * columns, C]; itself where the grid is the same.
@@ -103,6 +115,6 @@ def resample(positions: Tensor, grid: Size, prefix: int, antialias: bool = True)
         return positions
     exact = torch.promote_types(positions.dtype, torch.float32)
     square = positions[:, prefix:].to(exact).unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    resized = F.interpolate(square, grid, mode="bicubic", antialias=antialias)
+    resized = F.interpolate(square, grid, mode=mode, antialias=antialias)
     cells = resized.flatten(2).transpose(1, 2).to(positions.dtype)
     return torch.cat((positions[:, :prefix], cells), 1)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
 from vitdense.registry import Span
-from vitdense.structures import Sample, Size
+from vitdense.structures import Sample, Size, Target
 
 
 class Dataset:
@@ -19,13 +19,17 @@ class Dataset:
         classes: names, in the order of the labels 0..C-1.
         category_ids: the files' own id of each class, for writing results in their format.
         things: whether each class is counted in objects, as opposed to stuff; None = all are.
+        image_classes: names of the labels of whole images; none unless it has such.
         channels: channels to decode images to; the engine sets it to what the model takes.
+        range: values of images deeper than 8 bits that become 0 and 255; None = their type's.
     """
 
     classes: list[str]
     category_ids: list[int]
     things: list[bool] | None = None
+    image_classes: Sequence[str] = ()
     channels: int = 3
+    range: tuple[float, float] | None = None
 
     def __init__(self, root: Path, split: str) -> None:
         self.root = Path(root)
@@ -37,6 +41,14 @@ class Dataset:
     def __getitem__(self, index: int) -> Sample:
         """Sample with image and truth in original pixels; raises DataError naming the image."""
         raise NotImplementedError
+
+    def target(self, index: int) -> Target:
+        """The truth alone, in original pixels; most data sets read no image for it."""
+        return self[index].target
+
+    def image_path(self, index: int) -> Path:
+        """The image's file; most data sets read no image for it."""
+        return self[index].path
 
 
 class Policy:

@@ -9,6 +9,7 @@ import torch
 
 from vitdense.data.base import DataError, Dataset
 from vitdense.data.coco_file import CocoFile
+from vitdense.data.deep import check_range
 from vitdense.data.images import inside, read_image
 from vitdense.data.layouts import Layout, find_layout
 from vitdense.registry import DATASETS
@@ -41,9 +42,10 @@ class CocoDataset(Dataset):
         masks: bool = False,  # read instance masks too
         annotations: str | None = None,  # the JSON file under root, as "labels/{split}.json"
         images: str | None = None,  # the folder of images under root, as "photos/{split}"
+        range: tuple[float, float] | None = None,  # values of deep images that become 0 and 255
     ) -> None:
         super().__init__(root, split)
-        self.masks = masks
+        self.masks, self.range = masks, check_range(range)
         layout = find_layout(self.root, split, LAYOUTS, annotations, images)
         self.annotations, self.images = layout
         self._file = CocoFile(self.annotations, self.images, masks)
@@ -54,15 +56,16 @@ class CocoDataset(Dataset):
         return len(self._file.names)
 
     def __getitem__(self, index: int) -> Sample:
-        file = self._file
-        name, size = str(file.names[index]), file.size(index)
-        path = inside(self.images, name, self.annotations)
-        image = read_image(path, self.channels, size)
-        target = self._target(index, size)
-        return Sample(image, target, file.image_ids[index].item(), size, path)
+        path, size = self.image_path(index), self._file.size(index)
+        image = read_image(path, self.channels, size, self.range)
+        image_id = self._file.image_ids[index].item()
+        return Sample(image, self.target(index), image_id, size, path)
 
-    def _target(self, index: int, size: Size) -> Target:
-        file = self._file
+    def image_path(self, index: int) -> Path:
+        return inside(self.images, str(self._file.names[index]), self.annotations)
+
+    def target(self, index: int) -> Target:
+        file, size = self._file, self._file.size(index)
         span = slice(file.starts[index], file.starts[index + 1])
         return Target(
             labels=torch.from_numpy(file.labels[span].astype(np.int64)),

@@ -42,7 +42,9 @@ def _round_up(size: Size, divisor: int) -> Size:
 
 
 def _batch(samples: list[Sample], canvas: Size) -> Batch:
-    images = samples[0].image.new_zeros((len(samples), samples[0].image.shape[0], *canvas))
+    kinds = {sample.image.dtype for sample in samples}
+    kind = torch.uint8 if kinds == {torch.uint8} else torch.float32
+    images = torch.zeros((len(samples), samples[0].image.shape[0], *canvas), dtype=kind)
     frames = []
     for place, sample in zip(images, samples, strict=True):
         height, width = sample.image.shape[1:]

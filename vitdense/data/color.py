@@ -21,8 +21,11 @@ def distort(image: Tensor, chance: float) -> Tensor:
     distortion spends four fifths of its time there, and one map in all is 5 to 10 times faster.
 
     Args:
-        image: uint8 [C, H, W]; saturation and hue need three channels.
+        image: uint8, or float32 in 0..255, [C, H, W]; saturation and hue need three channels.
+            Other numbers than 1 and 3 are no colors, and stay as they are.
     """
+    if image.shape[0] not in (1, 3):
+        return image
     parts = (torch.rand(4) < chance).tolist()
     if not any(parts):
         return image
@@ -36,7 +39,7 @@ def distort(image: Tensor, chance: float) -> Tensor:
     pixels = image.flatten(1).float()
     offset = (1 - contrast) / contrast * (colors @ pixels.mean(1, keepdim=True)).mean()
     mapped = torch.addmm(offset.expand(channels, 1), colors, pixels)
-    return mapped.clamp_(0, 255).to(torch.uint8).view(image.shape)
+    return mapped.clamp_(0, 255).to(image.dtype).view(image.shape)
 
 
 def _turned(saturation: float, hue: float) -> Tensor:

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitdense.ops.masks import masks_to_boxes
+from vitdense.ops.masks import masks_to_boxes, number_masks, split_masks
 from vitdense.structures import IGNORE, Sample, Size, Target
 
 VISIBLE = 0.25
-"""An object stays in the truth while this part of its box is in the window."""
+"""An object without a mask stays in the truth while this part of its box is in the window."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,28 +64,39 @@ class Movement:
         return canvas
 
     def _target(self, target: Target, cropped: bool) -> Target:
-        if target.boxes is None and target.masks is not None:
-            target = replace(target, boxes=masks_to_boxes(target.masks))
         target = self._without_unseen(target)
-        moved = Target(target.labels)
+        moved = Target(target.labels, image_labels=target.image_labels)
         if target.boxes is not None:
             moved.boxes = self._boxes(target.boxes)
         if target.semantic is not None:
             labels = _resize_labels(self._cut(target.semantic[None]), self.content)
             moved.semantic = self._move(labels, fill=IGNORE)[0]
         if target.masks is not None:
-            masks = _resize_labels(self._cut(target.masks).to(torch.uint8), self.content)
-            moved.masks = self._move(masks, fill=0).bool()
-            moved = _hug(moved, moved.masks) if cropped else moved
+            moved.masks = self._masks(self._cut(target.masks))
+            moved = _hug(moved, moved.masks, keep=not cropped)
         return moved
+
+    def _masks(self, masks: Tensor) -> Tensor:
+        """Moved masks of the window; those that do not overlap go as one map of their numbers."""
+        pixels, count = masks.view(torch.uint8), len(masks)
+        if 1 < count < 256 and pixels.sum(0, dtype=torch.uint8).amax() <= 1:
+            numbers = number_masks(masks)[None]
+            moved = self._move(_resize_labels(numbers, self.content), fill=0)
+            return split_masks(moved[0], torch.arange(1, count + 1))
+        return self._move(_resize_labels(pixels, self.content), fill=0).view(torch.bool)
 
     def _without_unseen(self, target: Target) -> Target:
         keep = None if target.crowd is None else ~target.crowd
-        if target.boxes is not None:
+        seen = None
+        if target.masks is not None:
+            # Any part counts: stuff is large, and most of it is outside of most windows.
+            seen = self._cut(target.masks).view(torch.uint8).amax((1, 2)) > 0
+        elif target.boxes is not None:
             inside = self._inside(target.boxes)
             sides = inside[:, 2:] - inside[:, :2]
             whole = target.boxes[:, 2:] - target.boxes[:, :2]
             seen = (sides.prod(1) >= VISIBLE * whole.prod(1)) & self._wide_enough(sides)
+        if seen is not None:
             keep = seen if keep is None else keep & seen
         return target if keep is None or keep.all() else select(target, keep)
 
@@ -113,9 +124,10 @@ class Movement:
 
 
 def select(target: Target, keep: Tensor) -> Target:
-    """The target with some of its objects; what belongs to pixels stays."""
+    """The target with some of its objects; what belongs to pixels or to the image stays."""
     values = {f.name: getattr(target, f.name) for f in fields(target)}
-    per_object = {name: value for name, value in values.items() if name != "semantic"}
+    others = ("semantic", "image_labels")
+    per_object = {name: value for name, value in values.items() if name not in others}
     return replace(target, **{k: v[keep] for k, v in per_object.items() if v is not None})
 
 
@@ -123,7 +135,7 @@ def resize(image: Tensor, size: Size) -> Tensor:
     """Bilinear with antialiasing, as Pillow does it: the one way that images are resized.
 
     Args:
-        image: uint8 [C, H, W].
+        image: uint8 or float32 [C, H, W].
     """
     from torchvision.transforms.v2 import functional
 
@@ -142,7 +154,15 @@ def _resize_labels(labels: Tensor, size: Size) -> Tensor:
     return F.interpolate(maps[None], size, mode="nearest-exact")[0].to(labels.dtype)
 
 
-def _hug(target: Target, masks: Tensor) -> Target:
-    """Boxes from masks after a crop, which may have cut off what the box was drawn around."""
-    target = replace(target, boxes=masks_to_boxes(masks))
-    return select(target, masks.flatten(1).any(1))
+def _hug(target: Target, masks: Tensor, keep: bool) -> Target:
+    """The target with boxes from its masks, and without objects that no pixel is left of.
+
+    Args:
+        keep: keep the boxes that there are; after a crop it may have cut off what they were
+            drawn around.
+    """
+    boxes = masks_to_boxes(masks)
+    seen = boxes[:, 2] > boxes[:, 0]
+    if target.boxes is None or not keep:
+        target = replace(target, boxes=boxes)
+    return target if seen.all() else select(target, seen)

@@ -1,4 +1,4 @@
-"""Image files: found inside their folder, decoded to uint8 tensors, each fault one message."""
+"""Image files: found inside their folder, decoded to tensors, each fault one message."""
 
 from __future__ import annotations
 
@@ -14,52 +14,71 @@ import torch
 from torch import Tensor
 
 from vitdense.data.base import DataError
+from vitdense.data.deep import (
+    TIFF,
+    Limits,
+    array_size,
+    read_array,
+    read_label_array,
+    take_channels,
+    to_bytes,
+)
 from vitdense.structures import Size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".npy"}
+)
 """File names that count as images where a folder is listed."""
 
 _ORIENTATION = 0x0112  # the EXIF tag
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_LABELS = frozenset({"1", "L", "P", "I", "I;16"})
 
 
-def read_image(path: Path, channels: int = 3, size: Size | None = None) -> Tensor:
+def read_image(
+    path: Path, channels: int = 3, size: Size | None = None, limits: Limits | None = None
+) -> Tensor:
     """Decode an image file.
 
-    Grey, palette, CMYK and 16-bit images are converted. A camera's EXIF rotation is applied only
-    where `size` tells that the truth was drawn on the rotated image: COCO's tools ignore it.
+    Grey, palette and CMYK images are converted. A camera's EXIF rotation is applied only where
+    `size` tells that the truth was drawn on the rotated image: COCO's tools ignore it. Deeper
+    images than 8 bits keep their precision.
 
     Args:
         channels: 1, 3 and 4 are grey, RGB and RGBA; any other number must be the file's own.
         size: (height, width) that the truth was made for; None takes the file as it is.
+        limits: the values of deeper images that become 0 and 255; None takes those of 16 bits.
 
     Returns:
-        uint8 [channels, H, W].
+        uint8 [channels, H, W], or float32 in 0..255 for files with more than 8 bits a channel.
 
     Raises:
         DataError: the file is missing, broken, too large, or of another size.
     """
-    with _opened(path) as image:
-        if size is not None:
-            image = _fit(path, image, size)
-        pixels = np.array(_convert(path, image, channels))
-    return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
+    pixels = read_array(path) if _is_array(path, channels) else _decode(path, channels, size)
+    if size is not None and pixels.shape[:2] != size:
+        raise _misfit(path, pixels.shape[1], pixels.shape[0], size)
+    pixels = take_channels(path, to_bytes(path, pixels, limits), channels)
+    return torch.from_numpy(pixels.transpose(2, 0, 1))
 
 
 def read_labels(path: Path) -> np.ndarray:
     """Decode a label map: one whole number per pixel; a palette's colors are left aside.
 
     Returns:
-        uint8, uint16 or int32 [H, W].
+        whole numbers [H, W].
 
     Raises:
         DataError: the file is missing, broken, too large, or holds colors.
     """
+    if path.suffix.lower() == ".npy":
+        labels = read_label_array(path)
+        return labels.astype(np.uint8) if labels.dtype == bool else labels
     with _opened(path) as image:
-        if image.mode not in {"1", "L", "P", "I", "I;16"}:
+        if image.mode not in _LABELS:
             raise DataError(
                 f"{path}: holds colors ({image.mode}), not labels; "
                 "save one class number per pixel (8 or 16 bit, one channel)"
@@ -68,8 +87,18 @@ def read_labels(path: Path) -> np.ndarray:
     return labels.astype(np.uint8) if labels.dtype == bool else labels
 
 
+def is_colored(path: Path) -> bool:
+    """Whether a file holds colors, not one number per pixel, from its header."""
+    if path.suffix.lower() == ".npy":
+        return False
+    with _opened(path) as image:
+        return image.mode not in _LABELS
+
+
 def image_size(path: Path) -> Size:
     """(height, width) from the file's header, without decoding."""
+    if path.suffix.lower() == ".npy" or not _is_plain(path):
+        return array_size(path)
     with _opened(path) as image:
         return image.height, image.width
 
@@ -125,34 +154,83 @@ def _fit(path: Path, image: Image, size: Size) -> Image:
     turned = image.getexif().get(_ORIENTATION, 1) >= 5
     if turned and (image.width, image.height) == size:
         return ImageOps.exif_transpose(image)
-    raise DataError(
-        f"{path}: is {image.width} x {image.height} pixels, but its annotation was made for "
+    raise _misfit(path, image.width, image.height, size)
+
+
+def _misfit(path: Path, width: int, height: int, size: Size) -> DataError:
+    return DataError(
+        f"{path}: is {width} x {height} pixels, but its annotation was made for "
         f"{size[1]} x {size[0]}; annotations must be in the pixels of the file"
     )
 
 
-def _convert(path: Path, image: Image, channels: int) -> Image | np.ndarray:
-    from PIL import Image
+def _is_array(path: Path, channels: int) -> bool:
+    """Whether the file has more in it than Pillow can tell."""
+    suffix = path.suffix.lower()
+    if suffix == ".npy":
+        return True
+    return suffix in TIFF and (channels not in _MODES or not _is_plain(path))
 
-    if image.mode in {"I", "I;16", "I;16B", "I;16L", "I;16N"}:
-        image = Image.fromarray(_eight_bit(np.array(image)))
-    if image.mode == "F":
-        raise DataError(f"{path}: holds floating-point values; save it with 8 bits per channel")
+
+def _is_plain(path: Path) -> bool:
+    """False for a TIFF file with pages, bands or depths that Pillow leaves out."""
+    from PIL import Image, UnidentifiedImageError
+
+    if path.suffix.lower() not in TIFF:
+        return True
+    try:
+        with Image.open(path) as image:
+            return getattr(image, "n_frames", 1) == 1 and not _is_deep_color(image)
+    except UnidentifiedImageError:
+        return False
+    except OSError:
+        return True  # decoding says what is wrong
+
+
+def _is_deep_color(image: Image) -> bool:
+    """Whether Pillow would cut the channels of a color image to 8 bits."""
+    return len(image.getbands()) > 1 and ";16" in str(getattr(image, "tile", ""))
+
+
+def _decode(path: Path, channels: int, size: Size | None) -> np.ndarray:
+    """[H, W, C] by Pillow."""
+    with _opened(path) as image:
+        if image.format == "PNG" and _is_deep_color(image):
+            return _deep_png(path, channels)
+        if size is not None:
+            image = _fit(path, image, size)
+        pixels = np.array(_convert(image, channels))
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def _deep_png(path: Path, channels: int) -> np.ndarray:
+    """16-bit colors, without transparency unless four channels are asked for."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            from torchvision.io import ImageReadMode, decode_image, read_file
+
+            pixels = decode_image(read_file(str(path)), ImageReadMode.UNCHANGED)
+    except ImportError:
+        raise DataError(
+            f"{path}: this torchvision cannot read 16-bit colors of PNG; save it as TIFF or .npy"
+        ) from None
+    except RuntimeError as error:
+        raise DataError(f"{path}: cannot be decoded ({error}); replace the file") from None
+    opaque = len(pixels) - (len(pixels) in (2, 4) and channels != 4)
+    return pixels[:opaque].permute(1, 2, 0).contiguous().numpy()
+
+
+def _convert(image: Image, channels: int) -> Image | np.ndarray:
+    if image.mode in {"I;16", "I;16B", "I;16L", "I;16N"} or image.mode == "I":
+        pixels = np.array(image)
+        return pixels.astype(np.uint16) if image.format in {"PNG", "PPM"} else pixels
     mode = _MODES.get(channels)
-    if mode is None:
-        if len(image.getbands()) != channels:
-            raise DataError(
-                f"{path}: has {len(image.getbands())} channels, the model takes {channels}"
-            )
+    if mode is None or image.mode == "F":
         return image
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image if image.mode == mode else image.convert(mode)
-
-
-def _eight_bit(pixels: np.ndarray) -> np.ndarray:
-    """The upper byte of 16-bit values; Pillow's own conversion cuts them off at 255."""
-    return np.clip(pixels >> 8 if pixels.max(initial=0) > 255 else pixels, 0, 255).astype(np.uint8)
 
 
 def list_images(folder: Path) -> list[str]:

@@ -8,9 +8,12 @@ from typing import NamedTuple
 
 from vitdense.data.base import DataError
 
+LONG = {"train": "training", "val": "validation"}
+"""What ADE20K's folders are called where its files say train and val."""
+
 
 class Layout(NamedTuple):
-    """Templates relative to the root, with {split} for the split's name."""
+    """Templates relative to the root, with {split} for the split's name, or {long} for LONG's."""
 
     annotations: str
     images: str
@@ -47,7 +50,7 @@ def find_layout(
 
 
 def _fill(template: str, split: str) -> str:
-    return template.replace("{split}", split)
+    return template.replace("{split}", split).replace("{long}", LONG.get(split, split))
 
 
 def _message(root: Path, split: str, tried: list[Layout]) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, get_worker_info
 
 from vitdense.data.base import DataError, Dataset, Policy
@@ -31,6 +32,7 @@ def training_loader(
     seed: int = 0,
     start_step: int = 0,
     closing: Callable[[int], bool] | None = None,
+    repeats: NDArray[np.float64] | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
@@ -45,11 +47,14 @@ def training_loader(
         batch_size: images per step and process.
         divisor: canvas sizes are multiples of it.
         closing: whether a step is in the policy's last span; by default none is.
+        repeats: [images], how often each image is seen in relation to the others; a pass still
+            has as many images as the data set. By default all are seen once.
 
     Raises:
         DataError: a file is missing or wrong, from whatever process found it.
     """
-    steps = _Steps(len(dataset), batch_size, seed, start_step, closing, rank, world_size)
+    order = partial(_order, len(dataset), repeats, seed)
+    steps = _Steps(len(dataset), batch_size, order, start_step, closing, rank, world_size)
     read = _TrainingReader(dataset, policy, seed, divisor)
     join = partial(_join, divisor=divisor, canvas=None, training=True)
     return _batches(_loader(read, steps, join, _count(workers)))
@@ -98,11 +103,15 @@ class EvaluationLoader:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """What the worker that makes a batch must know: its number, and (pass, image) pairs."""
+    """What the worker that makes a batch must know: its number, and its images.
+
+    An image is its index and what its random numbers are drawn from: the pass, the index, and
+    which time it is seen in that pass, if not the first.
+    """
 
     number: int
     closing: bool
-    pairs: list[tuple[int, int]]
+    images: list[tuple[int, tuple[int, ...]]]
 
 
 class _Steps:
@@ -112,30 +121,51 @@ class _Steps:
         self,
         images: int,
         batch_size: int,
-        seed: int,
+        order: Callable[[int], NDArray[np.int64]],
         start: int,
         closing: Callable[[int], bool] | None,
         rank: int,
         world_size: int,
     ) -> None:
-        self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.images, self.batch_size, self.order = images, batch_size, order
         self.start, self.rank, self.world_size = start, rank, world_size
         self.closing = closing
 
     def __iter__(self) -> Iterator[_Step]:
-        epoch, order = -1, np.empty(0, dtype=np.int64)
+        epoch, order = -1, np.empty((0, 2), dtype=np.int64)
         step = self.start
         while True:
             first = (step * self.world_size + self.rank) * self.batch_size
             places = [divmod(place, self.images) for place in range(first, first + self.batch_size)]
-            pairs = []
+            images: list[tuple[int, tuple[int, ...]]] = []
             for wanted, place in places:
                 if wanted != epoch:
-                    epoch = wanted
-                    order = np.random.default_rng((self.seed, epoch)).permutation(self.images)
-                pairs.append((epoch, int(order[place])))
-            yield _Step(step, self.closing is not None and self.closing(step), pairs)
+                    epoch, order = wanted, self.order(wanted)
+                index, again = order[place].tolist()
+                key = (epoch, index, again) if again else (epoch, index)
+                images.append((index, key))
+            yield _Step(step, self.closing is not None and self.closing(step), images)
             step += 1
+
+
+def _order(
+    images: int, repeats: NDArray[np.float64] | None, seed: int, epoch: int
+) -> NDArray[np.int64]:
+    """The images of a pass in their order: all of them, or each as often as is its share.
+
+    Returns:
+        [images, 2]: the index, and how often it has come before in this pass.
+    """
+    random = np.random.default_rng((seed, epoch))
+    if repeats is None:
+        order = random.permutation(images)
+        return np.stack([order, np.zeros_like(order)], 1)
+    # systematic sampling: no image is seen more than one time too often or too rarely
+    ends = np.cumsum(repeats) * (images / repeats.sum())
+    chosen = np.searchsorted(ends, np.arange(images) + random.random(), side="right")
+    chosen = chosen.clip(max=images - 1)
+    again = np.arange(images) - np.searchsorted(chosen, chosen)
+    return random.permutation(np.stack([chosen, again], 1))
 
 
 @dataclass
@@ -150,10 +180,10 @@ class _TrainingReader:
     def __getitems__(self, step: _Step) -> list[Sample | DataError]:
         with _seeded(np.random.SeedSequence(self.seed, spawn_key=(step.number,))):
             policy = self.policy.for_batch(self.divisor, step.closing)
-        return [self._read(policy, epoch, index) for epoch, index in step.pairs]
+        return [self._read(policy, index, key) for index, key in step.images]
 
-    def _read(self, policy: Policy, epoch: int, index: int) -> Sample | DataError:
-        with _seeded(np.random.SeedSequence((self.seed, epoch, index))):
+    def _read(self, policy: Policy, index: int, key: tuple[int, ...]) -> Sample | DataError:
+        with _seeded(np.random.SeedSequence((self.seed, *key))):
             return _or_fault(lambda: policy.compose(self.dataset[index], self._draw))
 
     def _draw(self) -> Sample:

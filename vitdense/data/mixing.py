@@ -67,7 +67,9 @@ def blend(first: Sample, second: Sample) -> Sample:
         )
     low, high = BLEND
     weight = low + (high - low) * torch.rand(()).item()
-    image = first.image.float().lerp_(second.image.float(), 1 - weight).round_().to(torch.uint8)
+    image = first.image.float().lerp_(second.image.float(), 1 - weight)
+    if first.image.dtype == second.image.dtype == torch.uint8:
+        image = image.round_().to(torch.uint8)
     return replace(first, image=image, target=concatenate([first.target, second.target]))
 
 
@@ -89,6 +91,7 @@ def paste(below: Sample, above: Sample) -> Sample:
     assert copied.masks is not None
     cover = copied.masks.any(0)
     target = concatenate([_behind(below.target, below.target.masks, cover), copied])
+    target.image_labels = below.target.image_labels
     if below.target.semantic is not None and above.target.semantic is not None:
         target.semantic = torch.where(cover, above.target.semantic, below.target.semantic)
     return replace(below, image=torch.where(cover, above.image, below.image), target=target)
@@ -106,14 +109,20 @@ def _behind(target: Target, masks: Tensor, cover: Tensor) -> Target:
 
 
 def concatenate(targets: list[Target]) -> Target:
-    """The objects of all, without label maps."""
+    """The objects of all, without label maps, and the image labels of any."""
     return Target(
         labels=_cat([target.labels for target in targets]),
         boxes=_cat([target.boxes for target in targets]),
         masks=_cat([target.masks for target in targets]),
+        image_labels=_union([target.image_labels for target in targets]),
     )
 
 
 def _cat(values: list[Tensor | None]) -> Tensor | None:
     known = [value for value in values if value is not None]
     return torch.cat(known) if len(known) == len(values) else None
+
+
+def _union(labels: list[Tensor | None]) -> Tensor | None:
+    known = [value for value in labels if value is not None]
+    return torch.stack(known).any(0) if len(known) == len(labels) else None

@@ -17,10 +17,11 @@ from pydantic import NonNegativeInt, PositiveInt
 from vitdense.data.ade20k import Ade20kDataset
 from vitdense.data.base import DataError, Dataset
 from vitdense.data.coco import CocoDataset
+from vitdense.data.coco_panoptic import CocoPanopticDataset
 from vitdense.data.shape_images import CLASSES, Scene, make_scene
 from vitdense.ops.masks import mask_to_rle
 from vitdense.registry import DATASETS
-from vitdense.structures import Sample
+from vitdense.structures import Sample, Target
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class ShapesDataset(Dataset):
         root: Path,
         split: str,
         *,
-        task: Literal["detection", "instance", "semantic"] = "detection",  # which truth to read
+        task: Literal["detection", "instance", "semantic", "panoptic"] = "detection",  # which truth
         images: PositiveInt = 600,  # of the split train; val has a sixth of it
         size: PositiveInt = 160,  # side of the square images in pixels
         seed: NonNegativeInt = 0,  # another seed, other images
@@ -63,9 +64,12 @@ class ShapesDataset(Dataset):
         self.files: Dataset
         if task == "semantic":
             self.files = Ade20kDataset(self.folder, split, reduce_zero_label=False)
+        elif task == "panoptic":
+            self.files = CocoPanopticDataset(self.folder, split)
         else:
             self.files = CocoDataset(self.folder, split, masks=task == "instance")
         self.classes, self.category_ids = self.files.classes, self.files.category_ids
+        self.things = self.files.things
 
     def __len__(self) -> int:
         return len(self.files)
@@ -73,6 +77,12 @@ class ShapesDataset(Dataset):
     def __getitem__(self, index: int) -> Sample:
         self.files.channels = self.channels
         return self.files[index]
+
+    def target(self, index: int) -> Target:
+        return self.files.target(index)
+
+    def image_path(self, index: int) -> Path:
+        return self.files.image_path(index)
 
 
 def make_shapes(root: Path, images: int, size: int, seed: int) -> Path:

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vitdense.config import Config
+from vitdense.config.schema import Data as Source
 from vitdense.config.schema import Train
 from vitdense.data import loader
 from vitdense.data.base import DataError, Dataset, Policy
+from vitdense.data.frequency import class_frequencies, repeat_factors
+from vitdense.data.image_labels import LabelledDataset, check_splits
 from vitdense.data.loader import EvaluationLoader
-from vitdense.engine.checkpoint import changed, without_weights
+from vitdense.engine.checkpoint import changed, make_model, without_weights
 from vitdense.engine.runtime import Runtime, seed_step
 from vitdense.engine.schedule import Length
 from vitdense.engine.transfer import Transfer, transfer
+from vitdense.losses.dense import DenseLoss
 from vitdense.metrics.base import Metric
+from vitdense.metrics.image_labels import ImageLabels, Several
 from vitdense.models.base import Model
 from vitdense.registry import METRICS
 from vitdense.structures import Batch, Task
 
-METRIC_OF: dict[Task, tuple[str, dict[str, str]]] = {
+METRIC_OF: dict[Task, tuple[str, dict[str, Any]]] = {
     "detection": ("coco", {}),
-    "instance": ("coco", {"iou_type": "segm"}),
+    "instance": ("coco", {"iou_type": "segm", "boxes_too": True}),
     "semantic": ("miou", {}),
     "panoptic": ("panoptic", {}),
 }
@@ -47,9 +52,7 @@ def build_data(config: Config) -> Data:
     """
     source = config.data
     data = Data(
-        source.dataset(source.root, source.train),
-        source.dataset(source.root, source.val),
-        source.transforms(),
+        build_split(source, source.train), build_split(source, source.val), source.transforms()
     )
     for split, dataset in ((source.train, data.train), (source.val, data.val)):
         if len(dataset) == 0:
@@ -62,7 +65,23 @@ def build_data(config: Config) -> Data:
             f"{source.root}: splits '{source.train}' and '{source.val}' differ in their classes: "
             f"{what}; both must list the same ones"
         )
+    check_splits(data.train, data.val)
     return data
+
+
+def build_split(source: Source, split: str, image_classes: list[str] | None = None) -> Dataset:
+    """One split, its images labelled as wholes if the config names a file of labels.
+
+    Args:
+        image_classes: names that a model knows, in its order; by default those of the file.
+
+    Raises:
+        DataError: files are missing or wrong.
+    """
+    dataset: Dataset = source.dataset(source.root, split)
+    if source.image_labels is None:
+        return dataset
+    return LabelledDataset(dataset, source.root / source.image_labels, image_classes)
 
 
 def build_model(config: Config, data: Data) -> Model:
@@ -72,7 +91,7 @@ def build_model(config: Config, data: Data) -> Model:
     """
     seed_step(config.seed, 0)
     part = config.model if config.train.init is None else without_weights(config.model)
-    model = part(len(data.train.classes))
+    model = make_model(part, len(data.train.classes), len(data.train.image_classes))
     data.train.channels = data.val.channels = model.in_chans
     _set_things(model, data.train)
     return model
@@ -81,6 +100,20 @@ def build_model(config: Config, data: Data) -> Model:
 def _set_things(model: Model, dataset: Dataset) -> None:
     if dataset.things is not None:
         model.set_things(dataset.things)
+
+
+def weigh_classes(model: Model, dataset: Dataset) -> None:
+    """Tell losses that make up for rare classes how often the data has each.
+
+    Raises:
+        DataError: a label map is missing or wrong.
+    """
+    losses = [module for module in model.modules() if isinstance(module, DenseLoss)]
+    losses = [loss for loss in losses if loss.balanced]
+    if losses:
+        frequencies = class_frequencies(dataset)
+        for loss in losses:
+            loss.set_frequencies(*frequencies)
 
 
 def start(config: Config, data: Data, model: Model) -> Transfer | None:
@@ -93,21 +126,41 @@ def start(config: Config, data: Data, model: Model) -> Transfer | None:
     if settings.init is None:
         return None
     # weights of a loss are one per class, and no part of the state
-    build = changed(without_weights(config.model), "head", {"class_weights": None})
-    classes = list(data.train.classes)
-    report = transfer(settings.init, model, build, classes, settings.new_head)
+    part = changed(without_weights(config.model), "head", {"class_weights": None})
+    classes, image_classes = list(data.train.classes), labels_of(model, data.train)
+    report = transfer(
+        settings.init,
+        model,
+        lambda count: make_model(part, count, len(image_classes)),
+        classes,
+        settings.new_head,
+        image_classes,
+        lambda count: make_model(part, len(classes), count),
+    )
     _set_things(model, data.train)
     return report
 
 
+def labels_of(model: Model, dataset: Dataset) -> list[str]:
+    """The labels of whole images that a model learns or is judged by."""
+    return list(dataset.image_classes) if model.image_classes else []
+
+
 def build_metric(
-    config: Config, task: Task, classes: list[str], things: list[bool] | None = None
+    config: Config,
+    task: Task,
+    classes: list[str],
+    things: list[bool] | None = None,
+    image_classes: Sequence[str] = (),
 ) -> Metric:
-    """The config's metric, or the one for the model's task.
+    """The config's metric, or the one for the model's task; that of image labels beside it.
 
     Raises:
         ValueError: there is none for the task.
     """
+    if image_classes:
+        pixels = build_metric(config, task, classes, things)
+        return Several([pixels, ImageLabels(list(image_classes))])
     if config.metric is not None:
         return config.metric(classes)
     if task not in METRIC_OF:
@@ -134,6 +187,7 @@ def training_loader(
         elapsed: seconds of training so far, for the policy's last span of a run in minutes.
     """
     length = build_length(config.train, len(data.train), runtime.world_size)
+    rare = config.data.rare
 
     def closing(batch: int) -> bool:
         progress = length.progress(batch // config.train.accumulate, elapsed())
@@ -148,6 +202,7 @@ def training_loader(
         seed=config.seed,
         start_step=start,
         closing=closing,
+        repeats=None if rare is None else repeat_factors(data.train, rare).numpy(),
         rank=runtime.rank,
         world_size=runtime.world_size,
     )

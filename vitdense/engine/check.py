@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from vitdense.config import Config
 from vitdense.engine import build, runtime
 from vitdense.engine.build import Data
 from vitdense.engine.evaluate import answer as answer_batch
+from vitdense.engine.evaluate import check_inference, place
 from vitdense.engine.runtime import Runtime
 from vitdense.engine.tally import Tally
 from vitdense.models.base import Model
@@ -39,16 +40,19 @@ def check(config: Config) -> str:
     where = runtime.start(config.device)
     data = build.build_data(config)
     model = build.build_model(config, data)
+    check_inference(config.inference, model)
     started = build.start(config, data, model)
+    build.weigh_classes(model, data.train)
     model.to(where.device)
-    metric = build.build_metric(config, model.task, data.train.classes, data.train.things)
+    labels = build.labels_of(model, data.train)
+    metric = build.build_metric(config, model.task, data.train.classes, data.train.things, labels)
     rows = [*describe_data(config, data), *describe_model(model)]
     rows += [
         ("start" if i == 0 else "", row) for i, row in enumerate(str(started or "").splitlines())
     ]
     rows += list(try_training(config, data, model, where))
     rows += list(try_prediction(config, data, model, where))
-    rows.append(("metric", f"{type(metric).__name__}, the best model by {metric.headline}"))
+    rows.append(("metric", f"{metric}, the best model by {metric.headline}"))
     seconds = time.perf_counter() - start
     rows.append(
         ("all is well", f"on {where.device} in {seconds:.1f} s; a run goes to {config.output}")
@@ -71,8 +75,14 @@ def describe_data(config: Config, data: Data) -> Iterator[tuple[str, str]]:
     yield "data", f"{source.dataset.name} in {source.root}, prepared by {source.transforms.name}"
     for split, dataset in ((source.train, data.train), (source.val, data.val)):
         yield "", f"{len(dataset)} images in {split}"
-    names = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
-    yield "", f"{len(classes)} classes: {names}"
+    yield "", f"{len(classes)} classes: {some(classes)}"
+    if labels := data.train.image_classes:
+        yield "", f"{len(labels)} labels of images: {some(labels)}"
+
+
+def some(names: Sequence[str]) -> str:
+    """The first ten."""
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
 
 
 def describe_model(model: Model) -> Iterator[tuple[str, str]]:
@@ -113,9 +123,10 @@ def try_prediction(
     config: Config, data: Data, model: Model, where: Runtime
 ) -> Iterator[tuple[str, str]]:
     """Answers for one batch of the validation split."""
-    batch = next(iter(build.evaluation_loader(config, data, model, where))).to(where.device)
+    batch = next(iter(build.evaluation_loader(config, data, model, where)))
+    batch = place(batch, where.device, config.inference)
     model.eval()
-    (answer, *_) = answer_batch(model, batch, torch.float32)
+    (answer, *_) = answer_batch(model, batch, torch.float32, config.inference)
     yield "prediction", f"images {shapes(batch.images)}, the first is {batch.paths[0]}"
     for name in (field.name for field in fields(Prediction)):
         if (value := getattr(answer, name)) is not None:

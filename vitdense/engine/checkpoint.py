@@ -7,14 +7,14 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vitdense.config import Part, loads
+from vitdense.config import Part, dump, loads
 from vitdense.models.base import Model
 
 FORMAT = "vitdense"
@@ -36,6 +36,7 @@ class Meta:
         step: optimizer steps it was trained for.
         metrics: its numbers on the validation split.
         version: of vitdense, that wrote it.
+        image_classes: names of the labels of whole images that it also answers with.
     """
 
     config: str
@@ -45,6 +46,7 @@ class Meta:
     step: int
     metrics: dict[str, float | None]
     version: str
+    image_classes: list[str] = field(default_factory=list)
 
 
 def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
@@ -166,20 +168,31 @@ def fill(
     model.load_state_dict(weights)
 
 
-def load_model(path: Path | str) -> tuple[Model, Meta]:
+def load_model(path: Path | str, overrides: Iterable[str] = ()) -> tuple[Model, Meta]:
     """Build the model that a `model.safetensors` describes, on the CPU, in evaluation mode.
 
     The file is enough: nothing is downloaded, and no data set is needed.
 
+    Args:
+        overrides: of its config, `inference.window=512` and the like; the metadata has them too.
+
     Raises:
         CheckpointError: the file is absent, not of vitdense, or its weights do not fit.
-        ConfigError: its config names a part that is not installed.
+        ConfigError: its config names a part that is not installed, or overrides are wrong.
     """
     meta = read_meta(path)
-    config = loads(meta.config, file=str(path))
-    model = without_weights(config.model)(len(meta.classes))
+    config = loads(meta.config, str(path), overrides)
+    part = without_weights(config.model)
+    model = make_model(part, len(meta.classes), len(meta.image_classes))
     load_weights(path, model)
-    return model.eval(), meta
+    return model.eval(), replace(meta, config=dump(config))
+
+
+def make_model(part: Part, num_classes: int, image_classes: int) -> Model:
+    """The model for so many classes, and labels of whole images if it can have any."""
+    if image_classes and part.takes("image_classes"):
+        return part(num_classes, image_classes)
+    return part(num_classes)
 
 
 def without_weights(part: Part) -> Part:

@@ -38,7 +38,9 @@ class ClassAxis:
         return [size for axis, size in enumerate(tensor.shape) if axis != self.axis]
 
 
-def class_axes(model: Model, build: Callable[[int], Model]) -> dict[str, ClassAxis]:
+def class_axes(
+    model: Model, build: Callable[[int], Model], count: int | None = None
+) -> dict[str, ClassAxis]:
     """The class-wise parameters and buffers of a model, by name.
 
     They are those that have another shape in a model for one class more, so that no head has to
@@ -47,17 +49,19 @@ def class_axes(model: Model, build: Callable[[int], Model]) -> dict[str, ClassAx
     Args:
         build: a model of the same kind for a number of classes; called on the meta device, where
             that costs no memory, or on the CPU if a constructor cannot do with that.
+        count: of the model's classes, where `build` takes the number of others than `num_classes`.
 
     Raises:
         ValueError: a parameter has not one row for each class along one axis.
     """
-    more = _shapes(build, model.num_classes + 1)
+    count = model.num_classes if count is None else count
+    more = _shapes(build, count + 1)
     ours = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if ours.keys() != more.keys():
         odd = min(ours.keys() ^ more.keys())
         raise ValueError(f"classes: whether the model has {odd} depends on the number of classes")
     return {
-        name: _axis(name, shape, more[name], model.num_classes)
+        name: _axis(name, shape, more[name], count)
         for name, shape in ours.items()
         if shape != more[name]
     }

@@ -1,17 +1,26 @@
-"""A model's numbers over a data set."""
+"""A model's answers to a batch, and its numbers over a data set."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
+from vitdense.config.schema import Inference
 from vitdense.engine.runtime import autocast, to_float
+from vitdense.engine.views import Advance, Glances, segment
+from vitdense.heads.base import Head
 from vitdense.metrics.base import Metric
 from vitdense.models.base import Model
+from vitdense.models.pyramid import PyramidModel
 from vitdense.structures import Batch, Prediction
 
 Watcher = Callable[[Batch, list[Prediction]], None]
+
+WHOLE = Inference()
+"""One look at the whole image."""
 
 
 @torch.no_grad()
@@ -22,6 +31,7 @@ def evaluate(
     device: torch.device,
     precision: torch.dtype = torch.float32,
     watch: Watcher | None = None,
+    inference: Inference = WHOLE,
 ) -> dict[str, float]:
     """Predict every batch of `loader` and count it into `metric`.
 
@@ -34,13 +44,14 @@ def evaluate(
         device: where the model lies.
         precision: of autocast.
         watch: is shown every batch with its predictions, to draw or to keep them.
+        inference: windows, flips and scales.
     """
     was_training = model.training
     model.eval()
     metric.reset()
     for batch in loader:
-        batch = batch.to(device, non_blocking=True)
-        predictions = answer(model, batch, precision)
+        batch = place(batch, device, inference)
+        predictions = answer(model, batch, precision, inference, confidence=metric.confidence)
         metric.update(predictions, batch)
         if watch is not None:
             watch(batch, predictions)
@@ -49,8 +60,90 @@ def evaluate(
 
 
 @torch.no_grad()
-def answer(model: Model, batch: Batch, precision: torch.dtype) -> list[Prediction]:
-    """Predictions for a batch on the model's device: computed under autocast, decoded in fp32."""
-    with autocast(batch.images.device, precision):
-        outputs = model(batch.images)
-    return model.predict(to_float(outputs), batch.frames)
+def answer(
+    model: Model,
+    batch: Batch,
+    precision: torch.dtype,
+    inference: Inference = WHOLE,
+    advance: Advance | None = None,
+    confidence: bool = False,
+) -> list[Prediction]:
+    """Predictions for a batch: computed under autocast, decoded in fp32, on the model's device.
+
+    The one way from images to answers: of training, `eval`, `predict` and `vitdense.load`.
+
+    Args:
+        batch: as `place` lays it.
+        inference: windows, flips and scales; checked by `check_inference`.
+        advance: is told of each part of the batch that is done, to show progress.
+        confidence: semantic models also say how sure they are of each pixel.
+    """
+    if not options_used(inference) and not confidence:
+        with autocast(batch.images.device, precision):
+            outputs = model(batch.images)
+        predictions = model.predict(to_float(outputs), batch.frames)
+        if advance is not None:
+            advance(1.0)
+        return predictions
+    device = next(model.parameters(), batch.images).device
+    glances = Glances() if model.image_classes else None
+
+    def compute(images: Tensor) -> Tensor:
+        images = images.to(device, non_blocking=True)
+        with autocast(device, precision):
+            outputs = model(images)
+        outputs = to_float(outputs)
+        if glances is not None:
+            glances.add(model.image_logits(outputs))
+        return model.semantic_logits(outputs).float()
+
+    settings = (inference, model.divisor, device)
+    return segment(compute, batch.images, batch.frames, *settings, advance, glances, confidence)
+
+
+def place(batch: Batch, device: torch.device, inference: Inference = WHOLE) -> Batch:
+    """All of a batch on the device, but images that go there window by window."""
+    if inference.window is None:
+        return batch.to(device, non_blocking=True)
+    rest = replace(batch, images=batch.images[:0]).to(device, non_blocking=True)
+    return replace(rest, images=batch.images)
+
+
+def options_used(inference: Inference) -> list[str]:
+    """Which options ask for more than one look at the whole image."""
+    keys = ("window", "flip", "scales")
+    return [key for key in keys if getattr(inference, key) != getattr(WHOLE, key)]
+
+
+def _without_scores(model: Model) -> str | None:
+    """The class that should have `semantic_logits` and has not."""
+    if type(model).semantic_logits is Model.semantic_logits:
+        return type(model).__name__
+    if isinstance(model, PyramidModel):
+        missing = type(model.head).semantic_logits is Head.semantic_logits
+        return type(model.head).__name__ if missing else None
+    return None
+
+
+def check_inference(inference: Inference, model: Model) -> None:
+    """Raise ValueError if the model cannot answer so, naming the option and what to do."""
+    used = options_used(inference)
+    if used and model.task != "semantic":
+        raise ValueError(
+            f"inference.{used[0]}: is for semantic models, and this one's task is {model.task}; "
+            "remove it"
+        )
+    if used and (mute := _without_scores(model)):
+        raise ValueError(
+            f"inference.{used[0]}: {mute} has no method semantic_logits, which gives the scores "
+            "that are averaged; write it, or remove the option"
+        )
+    sides = inference.window or ()
+    for side in (sides,) if isinstance(sides, int) else sides:
+        if side % model.divisor:
+            below = side // model.divisor * model.divisor
+            near = [size for size in (below, below + model.divisor) if size]
+            raise ValueError(
+                f"inference.window: {side} is no multiple of {model.divisor}, of which this model "
+                f"takes images; give {' or '.join(map(str, near))}"
+            )

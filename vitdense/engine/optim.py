@@ -1,14 +1,14 @@
-"""AdamW and its parameter groups."""
+"""The optimizer and its parameter groups."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 from vitdense.models.base import Model
 from vitdense.registry import suggest
@@ -27,13 +27,23 @@ def build_optimizer(
     backbone_scale: float = 1.0,
     layer_decay: float = 1.0,
     scales: Mapping[str, float] | None = None,
-) -> AdamW:
-    """AdamW over the parameter groups of `model`, in one fused kernel where the device has it."""
+    name: Literal["adamw", "sgd"] = "adamw",
+    momentum: float = 0.9,
+) -> Optimizer:
+    """Over the parameter groups of `model`, in one fused kernel where the device has it.
+
+    What would learn at a rate of 0 is frozen first: it costs no gradients and no memory of theirs,
+    and a timm backbone all of which is frozen stays in evaluation mode.
+    """
+    freeze(model, backbone_scale, scales)
     groups = parameter_groups(model, weight_decay, backbone_scale, layer_decay, scales)
     for group in groups:
         group["lr"] = lr * group["lr_scale"]
     device = next(model.parameters()).device
-    return AdamW(groups, lr=lr, betas=betas, fused=device.type in FUSED)
+    fused = device.type in FUSED
+    if name == "sgd":
+        return SGD(groups, lr=lr, momentum=momentum, fused=fused)
+    return AdamW(groups, lr=lr, betas=betas, fused=fused)
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
@@ -64,10 +74,7 @@ def parameter_groups(
         ValueError: `layer_decay` is set for a backbone that knows no order of its layers, or one
             of `scales` names no parameter.
     """
-    factors = dict(_backbone_scales(model, backbone_scale, layer_decay))
-    for part, scale in (scales or {}).items():
-        for name in _named(model, part):
-            factors[name] = factors.get(name, 1.0) * scale
+    factors = _factors(model, backbone_scale, layer_decay, scales)
     exempt = {f"backbone.{name}" for name in model.backbone.no_weight_decay()}
     exempt |= {f"{n}.weight" for n, it in model.named_modules() if isinstance(it, nn.Embedding)}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -80,6 +87,27 @@ def parameter_groups(
         {"params": parameters, "lr_scale": scale, "weight_decay": decay}
         for (scale, decay), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
+
+
+def freeze(
+    model: Model, backbone_scale: float = 1.0, scales: Mapping[str, float] | None = None
+) -> None:
+    """Stop the gradients of the parameters whose scale is 0; raises ValueError as above."""
+    factors = _factors(model, backbone_scale, 1.0, scales)
+    for name, parameter in model.named_parameters():
+        if factors.get(name, 1.0) == 0:
+            parameter.requires_grad_(False)
+
+
+def _factors(
+    model: Model, backbone_scale: float, layer_decay: float, scales: Mapping[str, float] | None
+) -> dict[str, float]:
+    """Learning rates relative to `lr` by name, of all that have another one."""
+    factors = dict(_backbone_scales(model, backbone_scale, layer_decay))
+    for part, scale in (scales or {}).items():
+        for name in _named(model, part):
+            factors[name] = factors.get(name, 1.0) * scale
+    return factors
 
 
 def _named(model: Model, part: str) -> list[str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vitdense.data.base import Dataset
 from vitdense.engine.runtime import Runtime
-from vitdense.ops.draw import draw, grid, side_by_side
+from vitdense.ops.draw import as_segments, draw, grid, side_by_side
 from vitdense.structures import Batch, Prediction, Sample
 
 SIDE = 640
@@ -55,8 +55,11 @@ class Pictures:
     def _row(self, image_id: int | str) -> Tensor:
         sample, classes = self._samples[image_id], self.dataset.classes
         scale = max(1, SIDE // max(sample.image.shape[1:]))
-        answers = (sample.target, self._predictions[image_id])
-        pair = (draw(sample.image, answer, classes, scale=scale) for answer in answers)
+        prediction = self._predictions[image_id]
+        truth = sample.target if prediction.panoptic is None else as_segments(sample.target)
+        answers = (truth, prediction)
+        labels = self.dataset.image_classes
+        pair = (draw(sample.image, it, classes, scale=scale, labels=labels) for it in answers)
         return _shrink(side_by_side(*pair))
 
 

@@ -19,7 +19,7 @@ from vitdense.config import Config
 from vitdense.engine import build, checkpoint
 from vitdense.engine.checkpoint import Meta
 from vitdense.engine.ema import Ema
-from vitdense.engine.evaluate import evaluate
+from vitdense.engine.evaluate import check_inference, evaluate
 from vitdense.engine.observers import Observers, finite, format_number
 from vitdense.engine.optim import build_optimizer
 from vitdense.engine.pictures import Pictures
@@ -56,13 +56,20 @@ class Run:
         self.last = self.folder / "checkpoints" / "last.pt"
         self.data = build.build_data(config)
         self.model: Model = build.build_model(config, self.data)
+        check_inference(config.inference, self.model)
         self._start()
+        build.weigh_classes(self.model, self.data.train)
         self.model.to(runtime.device)
         self.metric = build.build_metric(
-            config, self.model.task, self.data.train.classes, self.data.train.things
+            config,
+            self.model.task,
+            self.data.train.classes,
+            self.data.train.things,
+            build.labels_of(self.model, self.data.train),
         )
-        self.net: nn.Module = runtime.wrap(self.model)
+        # before wrapping, because it freezes what does not learn
         self.optimizer = build_optimizer(self.model, **dict(config.optimizer))
+        self.net: nn.Module = runtime.wrap(self.model)
         self.precision = choose_precision(config.train.precision, runtime.device)
         self.scaler = GradScaler(runtime.device.type, enabled=self.precision == torch.float16)
         self.ema = Ema(self.model, config.train.ema) if config.train.ema is not None else None
@@ -133,6 +140,7 @@ class Run:
             self.runtime.device,
             self.precision,
             self.pictures.watch,
+            self.config.inference,
         )
         if not self.runtime.is_main:
             return
@@ -155,6 +163,7 @@ class Run:
             step=self.best.step,
             metrics=self.best.numbers,
             version=vitdense.__version__,
+            image_classes=build.labels_of(self.model, self.data.train),
         )
 
     def save(self) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from vitdense.models.base import Model
 Build = Callable[[int], Model]
 Weights = dict[str, Tensor]
 
-HEAD = "head."
-"""What the names of a head's parameters begin with."""
+HEAD, IMAGE_HEAD = "head.", "image_head."
+"""What the names of the parameters of a head begin with."""
 
 
 @dataclass(slots=True)
@@ -31,6 +32,7 @@ class Transfer:
         unused: the file's classes that we have not.
         axes: names of the parameters with a row for each class.
         new_head: whether the head starts anew.
+        images: the same for labels of whole images, if we have such.
     """
 
     path: Path
@@ -39,6 +41,7 @@ class Transfer:
     unused: list[str] = field(default_factory=list)
     axes: list[str] = field(default_factory=list)
     new_head: bool = False
+    images: Transfer | None = None
 
     @property
     def new(self) -> list[str]:
@@ -47,6 +50,15 @@ class Transfer:
         return [name for label, name in enumerate(self.classes) if label not in kept]
 
     def __str__(self) -> str:
+        return f"{self._pixels()}\n{self.images._labels()}" if self.images else self._pixels()
+
+    def _labels(self) -> str:
+        if self.new_head:
+            return "labels of images: the file has no such head, it starts anew"
+        kept = ", ".join(self.classes[ours] for ours, _ in self.matches) or "none"
+        return f"labels of images: kept {kept}; new: {', '.join(self.new) or 'none'}"
+
+    def _pixels(self) -> str:
         if self.new_head:
             return f"start from {self.path}: all but the head, which starts anew"
         kept = ", ".join(self.classes[ours] for ours, _ in self.matches) or "none"
@@ -62,7 +74,13 @@ class Transfer:
 
 
 def transfer(
-    path: Path, model: Model, build: Build, classes: list[str], new_head: bool
+    path: Path,
+    model: Model,
+    build: Build,
+    classes: list[str],
+    new_head: bool,
+    image_classes: Sequence[str] = (),
+    build_images: Build | None = None,
 ) -> Transfer:
     """Give a new model the weights of a file, class-wise rows by the names of the classes.
 
@@ -70,6 +88,8 @@ def transfer(
         model: new, for `classes`; what the file cannot give keeps its initial values.
         build: another such model, for a number of classes.
         new_head: leave out the head, ours and the file's.
+        image_classes: labels of whole images that the model is for.
+        build_images: another such model, for a number of these.
 
     Raises:
         CheckpointError: the file is absent, none of vitdense, or anything but the rows of classes
@@ -80,12 +100,18 @@ def transfer(
     done = Transfer(path, classes, match(classes, meta.classes), new_head=new_head)
     used = {theirs for _, theirs in done.matches}
     done.unused = [name for label, name in enumerate(meta.classes) if label not in used]
+    if image_classes and build_images is not None:
+        done.images = Transfer(path, list(image_classes), [])
+        _take_image_head(done.images, model, weights, meta.image_classes, build_images)
+    else:
+        _drop(weights, IMAGE_HEAD)
     if new_head:
         weights = _with_head_of(model, weights)
     elif classes != meta.classes:
         axes = class_axes(model, build)
         done.axes = sorted(axes)
-        _take_rows(model, weights, axes, done.matches, len(meta.classes))
+        counts = model.num_classes, len(meta.classes)
+        _take_rows(model, weights, axes, done.matches, *counts)
     checkpoint.fill(model, weights, path, remedy=_remedy(model))
     return done
 
@@ -103,9 +129,10 @@ def _take_rows(
     weights: Weights,
     axes: dict[str, ClassAxis],
     matches: list[tuple[int, int]],
+    ours_count: int,
     count: int,
 ) -> None:
-    """Bring the file's class-wise weights, of `count` classes, into our order of classes.
+    """Bring the file's class-wise weights, of `count` classes, into our order of `ours_count`.
 
     What has another shape beside that is left as it is, and found when the model is filled.
     """
@@ -117,19 +144,45 @@ def _take_rows(
         if theirs.shape[where.axis] == count + where.extra:
             mixed = ours[name].cpu().clone()
             rows = where.rows(theirs, [row for _, row in matches], count)
-            places = where.places([row for row, _ in matches], model.num_classes)
+            places = where.places([row for row, _ in matches], ours_count)
             weights[name] = mixed.index_copy(where.axis, places, rows.to(mixed.dtype))
 
 
+def _take_image_head(
+    done: Transfer, model: Model, weights: Weights, theirs: list[str], build: Build
+) -> None:
+    """Keep the rows of labels that the file has; a head of another kind starts anew."""
+    ours = {name: t for name, t in model.state_dict().items() if name.startswith(IMAGE_HEAD)}
+    found = _drop(weights, IMAGE_HEAD)
+    done.matches = match(done.classes, theirs)
+    if done.classes != theirs:
+        axes = class_axes(model, build, len(done.classes))
+        _take_rows(model, found, axes, done.matches, len(done.classes), len(theirs))
+    same = {name: t.shape for name, t in ours.items()} == {n: t.shape for n, t in found.items()}
+    done.new_head = not same
+    weights.update(found if same else ours)
+
+
+def _drop(weights: Weights, prefix: str) -> Weights:
+    """Take the weights of such names out."""
+    return {name: weights.pop(name) for name in list(weights) if name.startswith(prefix)}
+
+
 def match(ours: list[str], theirs: list[str]) -> list[tuple[int, int]]:
-    """Pairs of labels of one name: the same, or if there is none, but one that differs in case."""
+    """Pairs of labels of one name: the same, or if there is none, but one with its first name."""
+    firsts = [first_name(name) for name in theirs]
     pairs = []
     for label, name in enumerate(ours):
-        near = [i for i, other in enumerate(theirs) if other.casefold() == name.casefold()]
+        near = [i for i, first in enumerate(firsts) if first == first_name(name)]
         same = [i for i in near if theirs[i] == name]
         if same or len(near) == 1:
             pairs.append((label, (same or near)[0]))
     return pairs
+
+
+def first_name(name: str) -> str:
+    """A name for comparing classes: the first of synonyms, as ADE20K lists them, without case."""
+    return re.split("[,;]", name)[0].strip().casefold()
 
 
 def _remedy(model: Model) -> str:

@@ -45,6 +45,13 @@ class Head(nn.Module):
         """Answers in the pixels of each original image."""
         raise NotImplementedError
 
+    def semantic_logits(self, outputs: Any) -> Tensor:
+        """Scores of each class, float [B, C, h, w] over the canvas, for heads with task semantic.
+
+        What `predict` decides by; those of windows and of flipped and scaled images are averaged.
+        """
+        raise NotImplementedError
+
     def canvas(self, features: list[Tensor]) -> Size:
         """Size of the canvas in pixels that the features cover."""
         height, width = features[0].shape[-2:]

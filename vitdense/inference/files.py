@@ -105,11 +105,12 @@ class _CocoIds:
 def _read_ids(folder: Path) -> dict[str, int]:
     """Ids by file name from COCO's, this toolbox's and Roboflow's places, else none."""
     split, above = folder.resolve().name, folder.resolve().parent
-    for file in (
-        folder / "_annotations.coco.json",
-        above / "annotations" / f"instances_{split}.json",
-        above.parent / "annotations" / f"instances_{split}.json",
-    ):
+    places = [
+        place / "annotations" / f"{kind}_{split}.json"
+        for kind in ("instances", "panoptic")
+        for place in (above, above.parent)
+    ]
+    for file in (folder / "_annotations.coco.json", *places):
         if file.is_file():
             try:
                 images = json.loads(file.read_bytes())["images"]

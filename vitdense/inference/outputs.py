@@ -1,7 +1,8 @@
-"""Predictions as files: overlays, COCO's results, label maps."""
+"""Predictions as files: COCO's results, label maps, COCO's panoptic maps, image labels."""
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,7 +11,7 @@ import numpy as np
 
 from vitdense.inference.files import ImageFile
 from vitdense.inference.predictor import Predictor
-from vitdense.structures import Prediction
+from vitdense.structures import Prediction, Task
 
 MIN_SCORE = 1e-3
 """Detections below it are left out of `predictions.json`."""
@@ -63,23 +64,67 @@ class LabelMaps:
         return self.folder
 
 
-def make_writer(predictor: Predictor, out: Path) -> Writer:
-    """The writer for the model's task.
+class PanopticMaps:
+    """COCO's panoptic format: `panoptic.json`, and `panoptic/<name>.png` whose colors are ids."""
 
-    Raises:
-        ValueError: there is no file format here for the task.
+    def __init__(self, out: Path, category_ids: list[int]) -> None:
+        self.path = out / "panoptic.json"
+        self.category_ids = category_ids
+        self.annotations: list[dict[str, Any]] = []
+
+    def add(self, file: ImageFile, prediction: Prediction) -> None:
+        from PIL import Image
+
+        assert prediction.panoptic is not None
+        name = f"{file.name}.png"
+        path = self.path.with_suffix("") / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ids = prediction.panoptic.numpy().astype(np.uint32)
+        colors = np.stack([ids & 255, ids >> 8 & 255, ids >> 16 & 255], axis=2)
+        Image.fromarray(colors.astype(np.uint8)).save(path)
+        segments = panoptic_segments(prediction, self.category_ids)
+        self.annotations.append(
+            {"image_id": file.image_id, "file_name": name, "segments_info": segments}
+        )
+
+    def close(self) -> Path:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps({"annotations": self.annotations}), encoding="utf-8")
+        return self.path
+
+
+class ImageScores:
+    """`images.csv`: of each image the likeliest label, and the score of each label in a column.
+
+    It can itself be read as a data set's `image_labels`.
     """
-    kinds: dict[str, type[Detections] | type[LabelMaps]] = {
+
+    def __init__(self, out: Path, classes: list[str]) -> None:
+        self.path, self.classes = out / "images.csv", classes
+        self.rows: list[list[str | float]] = []
+
+    def add(self, file: ImageFile, prediction: Prediction) -> None:
+        assert prediction.image_scores is not None
+        best = self.classes[int(prediction.image_scores.argmax())]
+        self.rows.append([file.name, best, *prediction.image_scores.tolist()])
+
+    def close(self) -> Path:
+        with self.path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([["image", "label", *self.classes], *self.rows])
+        return self.path
+
+
+def make_writers(predictor: Predictor, out: Path) -> list[Writer]:
+    """The writer for the model's task, and that of image labels if it answers with such."""
+    kinds: dict[Task, type[Detections] | type[LabelMaps] | type[PanopticMaps]] = {
         "detection": Detections,
         "instance": Detections,
         "semantic": LabelMaps,
+        "panoptic": PanopticMaps,
     }
-    if predictor.task not in kinds:
-        raise ValueError(
-            f"model: its task is {predictor.task}; files are written for {', '.join(kinds)}, "
-            "for others use vitdense.load in Python"
-        )
-    return kinds[predictor.task](out, predictor.category_ids)
+    writers: list[Writer] = [kinds[predictor.task](out, predictor.category_ids)]
+    labels = predictor.image_classes
+    return [*writers, ImageScores(out, labels)] if labels else writers
 
 
 def coco_results(
@@ -107,3 +152,31 @@ def coco_results(
             result["segmentation"] = rle
         results.append(result)
     return results
+
+
+def panoptic_segments(prediction: Prediction, category_ids: list[int]) -> list[dict[str, Any]]:
+    """COCO's `segments_info` of one image: ids are the numbers of its map, bbox x, y, w, h."""
+    from scipy.ndimage import find_objects
+
+    assert prediction.panoptic is not None
+    assert prediction.scores is not None and prediction.labels is not None
+    numbers = prediction.panoptic.numpy()
+    labels, scores = prediction.labels.tolist(), prediction.scores.tolist()
+    areas = np.bincount(numbers.ravel(), minlength=len(labels) + 1).tolist()
+    segments = []
+    for index, place in enumerate(find_objects(numbers, len(labels))):
+        if place is None:  # without a pixel
+            continue
+        rows, columns = place
+        box = [columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start]
+        segments.append(
+            {
+                "id": index + 1,
+                "category_id": category_ids[labels[index]],
+                "area": areas[index + 1],
+                "bbox": box,
+                "iscrowd": 0,
+                "score": scores[index],
+            }
+        )
+    return segments

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, overload
@@ -12,8 +12,9 @@ import torch
 from vitdense import config as configs
 from vitdense.data.collate import collate
 from vitdense.engine.checkpoint import Meta, load_model
-from vitdense.engine.evaluate import answer
+from vitdense.engine.evaluate import answer, check_inference, place
 from vitdense.engine.runtime import choose_device, choose_precision
+from vitdense.engine.views import Advance
 from vitdense.inference.inputs import to_sample, to_tensor
 from vitdense.models.base import Model
 from vitdense.ops.draw import draw
@@ -37,24 +38,31 @@ class Predictor:
         model: in evaluation mode, on `device`.
         classes: names, in the order of the labels.
         category_ids: the data set's own id of each class.
+        image_classes: labels of whole images, in the order of `Prediction.image_scores`.
         task: what the model answers.
         device: where it computes.
+        inference: windows, flips and scales.
+        range: values of images deeper than 8 bits that become 0 and 255; None = their type's.
     """
 
     def __init__(self, model: Model, meta: Meta, device: torch.device) -> None:
         config = configs.loads(meta.config, "the model's config")
+        check_inference(config.inference, model)
         self.model = model.to(device).eval()
         self.classes = meta.classes
         self.category_ids = meta.category_ids
+        self.image_classes = meta.image_classes
         self.task = model.task
         self.device = device
+        self.inference = config.inference
         self.policy = config.data.transforms()
+        self.range = config.data.dataset.options.get("range")
         self.precision = choose_precision(config.train.precision, device)
 
     @classmethod
-    def load(cls, path: Path, device: str = "auto") -> Self:
+    def load(cls, path: Path, device: str = "auto", overrides: Iterable[str] = ()) -> Self:
         """From the `model.safetensors` of a run; see `vitdense.load`."""
-        model, meta = load_model(path)
+        model, meta = load_model(path, overrides)
         return cls(model, meta, choose_device(device))
 
     @overload
@@ -90,17 +98,28 @@ class Predictor:
 
     def sample(self, image: Image) -> Sample:
         """The image as the model takes it, before batching."""
-        return self.policy.evaluate(to_sample(image, self.model.in_chans))
+        return self.policy.evaluate(to_sample(image, self.model.in_chans, limits=self.range))
 
-    def answer(self, samples: Sequence[Sample]) -> list[Prediction]:
-        """Predictions on the CPU for prepared samples, in their order."""
+    def answer(self, samples: Sequence[Sample], advance: Advance | None = None) -> list[Prediction]:
+        """Predictions on the CPU for prepared samples, in their order.
+
+        Args:
+            advance: is told of parts of images that are done; all together they are `samples`.
+        """
         numbered = [replace(sample, image_id=index) for index, sample in enumerate(samples)]
         batches = collate(
             numbered, divisor=self.model.divisor, canvas=self.policy.canvas, training=False
         )
         answers: dict[int | str, Prediction] = {}
         for batch in batches:
-            predictions = answer(self.model, batch.to(self.device), self.precision)
+            count = len(batch.images)
+
+            def watch(part: float, count: int = count) -> None:
+                if advance is not None:
+                    advance(part * count)
+
+            batch = place(batch, self.device, self.inference)
+            predictions = answer(self.model, batch, self.precision, self.inference, watch)
             found = [prediction.to("cpu") for prediction in predictions]
             answers.update(zip(batch.image_ids, found, strict=True))
         return [answers[index] for index in range(len(samples))]
@@ -113,7 +132,7 @@ class Predictor:
         """
         from PIL.Image import fromarray
 
-        pixels = to_tensor(image, self.model.in_chans)
+        pixels = to_tensor(image, self.model.in_chans, self.range)
         scale = max(1, READABLE // max(pixels.shape[1:]))
-        picture = draw(pixels, prediction, self.classes, threshold, scale)
+        picture = draw(pixels, prediction, self.classes, threshold, scale, self.image_classes)
         return fromarray(picture.permute(1, 2, 0).contiguous().numpy())

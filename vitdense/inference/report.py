@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 
+OF_IMAGES = "image_"
+"""What the names of numbers about labels of whole images begin with."""
+
 
 def table(numbers: dict[str, float]) -> str:
-    """A metric's numbers as text: those of the whole first, then a row per class.
+    """A metric's numbers as text: those of the whole, a row per class, a row per image label.
 
     Args:
         numbers: as a metric computes them; `AP/cat` is the AP of the class cat.
@@ -15,10 +18,12 @@ def table(numbers: dict[str, float]) -> str:
     whole = {name: value for name, value in numbers.items() if "/" not in name}
     width = max((len(name) for name in whole), default=0)
     lines = [f"{name:<{width}}  {_text(value)}" for name, value in whole.items()]
-    return "\n".join(lines + _class_rows(numbers))
+    images = {name: value for name, value in numbers.items() if name.startswith(OF_IMAGES)}
+    pixels = {name: value for name, value in numbers.items() if name not in images}
+    return "\n".join(lines + _rows("class", pixels) + _rows("label of images", images))
 
 
-def _class_rows(numbers: dict[str, float]) -> list[str]:
+def _rows(title: str, numbers: dict[str, float]) -> list[str]:
     rows: dict[str, dict[str, float]] = {}
     for name, value in numbers.items():
         kind, slash, label = name.partition("/")
@@ -27,10 +32,11 @@ def _class_rows(numbers: dict[str, float]) -> list[str]:
     if not rows:
         return []
     kinds = list(dict.fromkeys(kind for row in rows.values() for kind in row))
-    width = max(len("class"), *(len(label) for label in rows))
-    lines = ["", f"{'class':<{width}}" + "".join(f"  {kind:>6}" for kind in kinds)]
+    width = max(len(title), *(len(label) for label in rows))
+    lines = ["", f"{title:<{width}}" + "".join(f"  {kind:>6}" for kind in kinds)]
     for label, row in rows.items():
-        values = "".join(f"  {_text(row.get(kind, math.nan)):>6}" for kind in kinds)
+        texts = ((kind, _text(row.get(kind, math.nan))) for kind in kinds)
+        values = "".join(f"  {text:>{max(6, len(kind))}}" for kind, text in texts)
         lines.append(f"{label:<{width}}{values}")
     return lines
 

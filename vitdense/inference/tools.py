@@ -15,17 +15,21 @@ from vitdense.config import Config
 from vitdense.data.base import DataError, Dataset
 from vitdense.engine import build, checkpoint, runtime
 from vitdense.engine.checkpoint import CheckpointError, Meta
+from vitdense.engine.evaluate import check_inference
 from vitdense.engine.evaluate import evaluate as measure
+from vitdense.engine.transfer import first_name
 from vitdense.inference.files import ImageFile, find_images
 from vitdense.inference.inputs import to_sample
-from vitdense.inference.outputs import make_writer
+from vitdense.inference.outputs import make_writers
 from vitdense.inference.predictor import Predictor
 from vitdense.inference.report import table, to_json
-from vitdense.models.base import Model
 from vitdense.structures import Batch, Prediction, Sample
 
 READERS = 8
 """Threads that decode images; a chunk of at least as many is read at a time."""
+
+BAR = "{l_bar}{bar}| {n:.1f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
+"""Of progress in parts of images, for large ones."""
 
 
 def predict(
@@ -35,15 +39,19 @@ def predict(
     threshold: float = 0.3,
     batch_size: int = 1,
     device: str = "auto",
+    overrides: Iterable[str] = (),
 ) -> None:
     """Predict images and write what is found.
 
     `out/<name>.jpg` shows it; for detectors `out/predictions.json` holds all detections in COCO's
-    result format, for semantic models `out/labels/<name>.png` the labels of the data set.
+    result format, for semantic models `out/labels/<name>.png` the labels of the data set, for
+    panoptic ones `out/panoptic.json` and `out/panoptic/<name>.png` the segments in COCO's format;
+    for models with an image head `out/images.csv` also the scores of labels of whole images.
 
     Args:
         inputs: image files, folders (with subfolders, which `out` then has too), patterns.
         threshold: objects of a lower score are not drawn; `predictions.json` has them.
+        overrides: of the model's config, `inference.window=512` and the like.
 
     Raises:
         CheckpointError: there is no model at `model_path`.
@@ -51,24 +59,32 @@ def predict(
         ValueError: a threshold, batch size or device that cannot be.
     """
     _check_options(threshold, batch_size)
+    if not inputs:
+        raise ValueError("images: none are given; name files, folders or patterns")
     files = find_images(inputs)
-    predictor = Predictor.load(Path(model_path), device)
+    predictor = Predictor.load(Path(model_path), device, overrides)
     folder = _make_folder(Path(out))
-    writer = make_writer(predictor, folder)
+    writers = make_writers(predictor, folder)
     faults: list[str] = []
-    with tqdm(total=len(files), unit="image", disable=None) as bar:
+    with tqdm(total=len(files), unit="image", disable=None, bar_format=BAR) as bar:
+
+        def advance(images: float) -> None:
+            bar.update(min(images, len(files) - bar.n))  # a sum of parts may come out above
+
         for found in _in_chunks(files, max(batch_size, READERS)):
             samples = list(_read(found, predictor, faults))
             for start in range(0, len(samples), batch_size):
                 part = samples[start : start + batch_size]
                 prepared = [predictor.policy.evaluate(sample) for _, sample in part]
-                answers = predictor.answer(prepared)
+                answers = predictor.answer(prepared, advance)
                 for (file, sample), prediction in zip(part, answers, strict=True):
-                    writer.add(file, prediction)
+                    for writer in writers:
+                        writer.add(file, prediction)
                     _save_overlay(predictor, sample, prediction, folder, file, threshold)
-            bar.update(len(found))
+            advance(len(found) - len(samples))
     done = len(files) - len(faults)
-    print(f"{done} image{'s' if done != 1 else ''}: {folder}, {writer.close()}", file=sys.stderr)
+    places = ", ".join(str(writer.close()) for writer in writers)
+    print(f"{done} image{'s' if done != 1 else ''}: {folder}, {places}", file=sys.stderr)
     if faults:
         more = f"\n... and {len(faults) - 5} more" if len(faults) > 5 else ""
         listed = "\n".join(faults[:5]) + more
@@ -97,15 +113,18 @@ def evaluate(
     meta = checkpoint.read_meta(path)
     place = runtime.start(config.device)
     source = config.data
-    dataset = source.dataset(source.root, source.val)
+    dataset = build.build_split(source, source.val, meta.image_classes or None)
     _check_classes(dataset, meta, config)
-    model: Model = checkpoint.without_weights(config.model)(len(meta.classes))
+    part = checkpoint.without_weights(config.model)
+    model = checkpoint.make_model(part, len(meta.classes), len(meta.image_classes))
+    check_inference(config.inference, model)
     checkpoint.load_weights(path, model)
     dataset.channels = model.in_chans
     model.to(place.device)
     data = build.Data(train=dataset, val=dataset, policy=source.transforms())
     loader = build.evaluation_loader(config, data, model, place)
-    metric = build.build_metric(config, model.task, meta.classes, dataset.things)
+    labels = build.labels_of(model, dataset)
+    metric = build.build_metric(config, model.task, meta.classes, dataset.things, labels)
     precision = runtime.choose_precision(config.train.precision, place.device)
     start = time.perf_counter()
     with tqdm(total=loader.images, unit="image", disable=None if place.is_main else True) as bar:
@@ -113,7 +132,7 @@ def evaluate(
         def watch(batch: Batch, predictions: list[Prediction]) -> None:
             bar.update(len(predictions))
 
-        numbers = measure(model, loader, metric, place.device, precision, watch)
+        numbers = measure(model, loader, metric, place.device, precision, watch, config.inference)
     if place.is_main:
         seconds = time.perf_counter() - start
         print(f"{path} on {source.root}, split '{source.val}': {len(dataset)} images, "
@@ -150,7 +169,7 @@ def _read(
 
     def read(file: ImageFile) -> Sample | DataError:
         try:
-            return to_sample(file.path, predictor.model.in_chans)
+            return to_sample(file.path, predictor.model.in_chans, limits=predictor.range)
         except DataError as error:
             return error
 
@@ -195,7 +214,7 @@ def _config_and_weights(
 
 def _check_classes(dataset: Dataset, meta: Meta, config: Config) -> None:
     ours, theirs = meta.classes, list(dataset.classes)
-    if ours == theirs:
+    if [first_name(name) for name in ours] == [first_name(name) for name in theirs]:
         return
     odd = sorted(set(ours) ^ set(theirs))
     what = f"only one of them has {', '.join(odd[:5])}" if odd else "their order differs"

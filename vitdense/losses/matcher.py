@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -16,6 +16,13 @@ from vitdense.structures import Size, Target
 
 FAULT = -1e6
 """Replaces a cost that is not finite: the pair is matched first, so that the loss shows it."""
+
+
+class Counted(Protocol):
+    """What all truths have: labels int64 [B, T], and how many of the T are real in each image."""
+
+    labels: Tensor
+    counts: list[int]
 
 
 @dataclass(slots=True)
@@ -73,11 +80,14 @@ class HungarianMatcher:
         self.giou_weight = giou_weight
 
     @torch.no_grad()
-    def cost(self, logits: Tensor, boxes: Tensor, truths: Truths) -> Tensor:
+    def cost(
+        self, logits: Tensor, boxes: Tensor, truths: Truths, others: Tensor | None = None
+    ) -> Tensor:
         """Cost of giving each truth to each query of its own image.
 
         Args:
             logits: float [L, B, Q, C]; boxes: float [L, B, Q, 4], cxcywh in 0..1.
+            others: float [L, B, T, Q], costs to be added, as those of masks.
 
         Returns:
             float32 (float64 for such inputs) [L, B, T, Q], finite.
@@ -92,10 +102,12 @@ class HungarianMatcher:
         cost = (
             self.class_weight * classes + self.box_weight * distances - self.giou_weight * overlaps
         )
+        if others is not None:
+            cost = cost + others
         return cost.nan_to_num(FAULT, FAULT, FAULT)
 
 
-def match(costs: list[Tensor], truths: Truths) -> list[Tensor]:
+def match(costs: list[Tensor], truths: Counted) -> list[Tensor]:
     """Assign queries to truths, each at most once, at the least total cost.
 
     Args:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from vitdense.losses.classification import ClassLoss
-from vitdense.losses.matcher import HungarianMatcher, Truths, full_precision, match
+from vitdense.losses.dot_masks import DotMasks
+from vitdense.losses.matcher import Counted, HungarianMatcher, Truths, full_precision, match
 from vitdense.ops.boxes import cxcywh_to_xyxy, overlaps
 from vitdense.structures import Size, Target
 
@@ -25,7 +26,8 @@ class Queries:
         groups: G, sets of queries side by side that are matched each on their own.
         matches: int64 [B, T], the query of each truth where it is known (-1 for none); else
             matching finds it.
-        details: what else is predicted and trained, float [L, B, G*Q, ...] each.
+        details: what else is predicted and trained, float [L, B, G*Q, ...] each; `embeddings`
+            [L, B, G*Q, M] are those of masks.
     """
 
     logits: Tensor
@@ -48,7 +50,7 @@ class Queries:
 
 
 class SetCriterion:
-    """Class loss, L1 and generalized IoU of matched queries, with deep supervision.
+    """Class loss, L1 and generalized IoU of matched queries, with deep supervision; and masks.
 
     All layers are matched and compared at once. The last layer's terms carry plain names, the
     sum over earlier layers ends in `_aux`: the same keys on every step and rank.
@@ -73,7 +75,11 @@ class SetCriterion:
         self.weights = {"class": class_weight, "box": box_weight, "giou": giou_weight}
 
     def __call__(
-        self, queries: dict[str, Queries], targets: list[Target], canvas: Size
+        self,
+        queries: dict[str, Queries],
+        targets: list[Target],
+        canvas: Size,
+        masks: DotMasks | None = None,
     ) -> dict[str, Tensor]:
         """Compute the weighted terms.
 
@@ -81,25 +87,33 @@ class SetCriterion:
             queries: by the suffix of their terms' names, "" for the decoder.
             targets: labels and boxes (xyxy in pixels of the canvas) of each image.
             canvas: size of the canvas in pixels.
+            masks: of the targets, to be matched and learned by queries with `embeddings`.
 
         Returns:
-            scalars; zeros with a graph for box terms without any truth.
+            scalars; zeros with a graph for box and mask terms without any truth.
         """
         truths = Truths.from_targets(targets, canvas)
         normalizer = count_truths(truths)
         parts = {suffix: part.as_layers() for suffix, part in queries.items()}
+        weights = self.weights | (masks.weights if masks is not None else {})
         losses = {}
-        for suffix, found in self._match(parts, truths).items():
+        for suffix, found in self._match(parts, truths, masks).items():
             part = parts[suffix]
             truth = truths.agnostic() if part.agnostic else truths
-            for name, each in self.terms(part, truth, found, normalizer).items():
-                layers = each.unflatten(0, (-1, part.groups)).mean(1) * self.weights[name]
+            terms = self.terms(part, truth, found, normalizer)
+            if masks is not None and "embeddings" in part.details:
+                sums = masks.terms(part.details["embeddings"], found)
+                terms |= {name: each / normalizer for name, each in sums.items()}
+            for name, each in terms.items():
+                layers = each.unflatten(0, (-1, part.groups)).mean(1) * weights[name]
                 losses[name + suffix] = layers[-1]
                 if len(layers) > 1:
                     losses[f"{name}{suffix}_aux"] = layers[:-1].sum()
         return losses
 
-    def _match(self, parts: dict[str, Queries], truths: Truths) -> dict[str, Tensor]:
+    def _match(
+        self, parts: dict[str, Queries], truths: Truths, masks: DotMasks | None = None
+    ) -> dict[str, Tensor]:
         """The query of each truth, int64 [L, B, T], for each part."""
         known = {
             suffix: part.matches.expand(len(part.logits), -1, -1)
@@ -107,16 +121,17 @@ class SetCriterion:
             if part.matches is not None
         }
         unknown = [suffix for suffix in parts if suffix not in known]
-        costs = [
-            self.matcher.cost(
-                parts[suffix].logits,
-                parts[suffix].boxes,
-                truths.agnostic() if parts[suffix].agnostic else truths,
-            )
-            for suffix in unknown
-        ]
+        costs = [self._cost(parts[suffix], truths, masks) for suffix in unknown]
         found = dict(zip(unknown, match(costs, truths), strict=True)) | known
         return {suffix: found[suffix] for suffix in parts}
+
+    def _cost(self, part: Queries, truths: Truths, masks: DotMasks | None) -> Tensor:
+        """Cost of giving each truth to each query, float [L, B, T, Q]."""
+        truths = truths.agnostic() if part.agnostic else truths
+        of_masks = None
+        if masks is not None and "embeddings" in part.details:
+            of_masks = masks.cost(part.details["embeddings"])
+        return self.matcher.cost(part.logits, part.boxes, truths, of_masks)
 
     def terms(
         self, queries: Queries, truths: Truths, matches: Tensor, normalizer: Tensor
@@ -135,9 +150,9 @@ class SetCriterion:
         }
 
 
-def count_truths(truths: Truths) -> Tensor:
+def count_truths(truths: Counted) -> Tensor:
     """Number of truths in the batch, averaged over the ranks, at least 1; a scalar."""
-    count = torch.full((), float(sum(truths.counts)), device=truths.boxes.device)
+    count = torch.full((), float(sum(truths.counts)), device=truths.labels.device)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(count)
         count /= torch.distributed.get_world_size()

@@ -14,12 +14,17 @@ class Metric:
 
     Attributes:
         headline: the key of `compute` by which the best model is chosen; higher is better.
+        confidence: whether it reads `Prediction.confidence`, which takes a softmax.
     """
 
     headline: ClassVar[str]
+    confidence: bool = False
 
     def __init__(self, classes: list[str]) -> None:
         self.classes = classes
+
+    def __str__(self) -> str:
+        return type(self).__name__
 
     def update(self, predictions: list[Prediction], batch: Batch) -> None:
         """Count one batch in."""

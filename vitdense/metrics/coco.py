@@ -26,6 +26,7 @@ IouType = Literal["bbox", "segm"]
 class CocoMetric(Metric):
     """COCO's 12 numbers, each class's AP, best F1 and its threshold, equal to pycocotools'.
 
+    With `boxes_too` the numbers of masks stand beside the 12 of the boxes, `box_AP` and so on.
     A number without objects of its size is NaN, pycocotools' -1; an absent class has no number.
     An image that comes twice, as padded distributed samplers send it, counts once.
     """
@@ -37,6 +38,7 @@ class CocoMetric(Metric):
         classes: list[str],
         *,
         iou_type: Literal["bbox", "segm"] = "bbox",  # overlap of boxes or of masks
+        boxes_too: bool = False,  # with segm: also the 12 numbers of boxes, as `box_AP`, ...
         max_detections: PositiveInt = 100,  # best detections of an image and class that count
         class_agnostic: bool = False,  # take all objects for one class, as for proposals
         backend: Literal[
@@ -46,7 +48,17 @@ class CocoMetric(Metric):
         super().__init__(classes)
         if max_detections <= 10:
             raise ValueError("max_detections: must be above 10, beside which AR1 and AR10 stand")
+        if boxes_too and iou_type == "bbox":
+            raise ValueError("boxes_too: is for iou_type segm; bbox has no other numbers")
         self.iou_type: IouType = iou_type
+        self.boxes = None
+        if boxes_too:
+            self.boxes = CocoMetric(
+                classes,
+                max_detections=max_detections,
+                class_agnostic=class_agnostic,
+                backend=backend,
+            )
         self.rules = Rules(limits=(1, 10, max_detections), class_agnostic=class_agnostic)
         self.backend: Backend = choose(backend)
         self.reset()
@@ -56,6 +68,8 @@ class CocoMetric(Metric):
         self.image_ids: dict[int | str, int] = {}
         self.truth: list[Objects] = []
         self.detections: list[Objects] = []
+        if self.boxes is not None:
+            self.boxes.reset()
 
     def update(self, predictions: list[Prediction], batch: Batch) -> None:
         """Count one batch in; needs labels and boxes, for `segm` also masks."""
@@ -70,11 +84,17 @@ class CocoMetric(Metric):
             self.image_ids[image_id] = image
             self.truth.append(there)
             self.detections.append(found)
+        if self.boxes is not None:
+            self.boxes.update(predictions, batch)
 
     def compute(self) -> dict[str, float]:
         """The numbers over all images of all processes, as fractions in 0..1."""
         classes = [] if self.rules.class_agnostic else self.classes
-        return summarize(self.curves(), classes, self.rules.limits[-1])
+        numbers = summarize(self.curves(), classes, self.rules.limits[-1])
+        if self.boxes is None:
+            return numbers
+        of_boxes = self.boxes.compute().items()
+        return numbers | {f"box_{name}": value for name, value in of_boxes if "/" not in name}
 
     def curves(self) -> Curves:
         """Precision, recall and scores over all images of all processes.

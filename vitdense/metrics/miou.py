@@ -10,9 +10,13 @@ from torch import Tensor
 
 from vitdense.data.base import DataError
 from vitdense.metrics.base import Metric
+from vitdense.metrics.boundaries import band_width, boundary_band
 from vitdense.metrics.processes import sum_over_processes
-from vitdense.registry import METRICS
+from vitdense.registry import METRICS, Fraction
 from vitdense.structures import IGNORE, Batch, Prediction
+
+BINS = 15
+"""Of confidence, for the calibration error."""
 
 PENDING = 64
 """Images whose labels are checked together: each check waits for the device."""
@@ -26,6 +30,10 @@ class MeanIoU(Metric):
     Counts are int64 and stay on the device of the predictions. A class is absent if neither truth
     nor prediction has a pixel of it (IoU, Dice), or the truth has none (Acc): `skip` leaves it out
     of means and results, as mmsegmentation does; `zero` counts it as 0, as ADE20K's own code does.
+    With `boundary` also mBIoU and BIoU of each class: the same over the pixels of each that are
+    near its outline (Cheng et al., arXiv 2103.16562, over the whole set as mIoU is). With
+    `calibration` also ECE: how far confidence is from accuracy, over 15 equal bins of confidence
+    (Guo et al., arXiv 1706.04599, section 2).
     """
 
     headline = "mIoU"
@@ -35,9 +43,13 @@ class MeanIoU(Metric):
         classes: list[str],
         *,
         absent: Literal["skip", "zero"] = "skip",  # classes without pixels
+        boundary: Fraction | None = None,  # part of the diagonal for boundary IoU; published: 0.02
+        calibration: bool = False,  # also the expected calibration error
     ) -> None:
         super().__init__(classes)
+        self.confidence = calibration
         self.absent = absent
+        self.boundary = boundary
         self.reset()
 
     def reset(self) -> None:
@@ -45,6 +57,10 @@ class MeanIoU(Metric):
         # Row: truth, column: prediction. The last of each takes what must not count.
         side = len(self.classes) + 1
         self.matrix = torch.zeros(side, side, dtype=torch.int64)
+        # Rows: near the outline of both, of the answer, of the truth; by class.
+        self.bands = torch.zeros(3, side, dtype=torch.int64)
+        # Rows: pixels, those that are right, their confidence; by bin of confidence.
+        self.bins = torch.zeros(3, BINS + 1, dtype=torch.float64)
         self._faults: list[Tensor] = []
         self._paths: list[Path] = []
 
@@ -60,6 +76,8 @@ class MeanIoU(Metric):
             if prediction.semantic is None or target.semantic is None:
                 raise ValueError(f"{path}: the miou metric needs a semantic prediction and truth")
             self._count(prediction.semantic, target.semantic, path)
+            if self.confidence:
+                self._count_bins(prediction, target.semantic, path)
         if len(self._faults) >= PENDING:
             self._check()
 
@@ -77,9 +95,37 @@ class MeanIoU(Metric):
         self.matrix = self.matrix.to(answer.device)
         # Not bincount, which waits for the device to learn its size.
         self.matrix.view(-1).scatter_add_(0, cells.flatten(), torch.ones_like(cells).flatten())
+        if self.boundary is not None:
+            self._count_bands(answer.where(answered, classes), truth.where(known, classes))
         strange = ~known & (truth != IGNORE)
         self._faults.append(torch.stack([_worst(truth, strange), _worst(answer, ~answered)]))
         self._paths.append(path)
+
+    def _count_bands(self, answer: Tensor, truth: Tensor) -> None:
+        width = band_width((truth.shape[0], truth.shape[1]), self.boundary or 0.0)
+        near_answer, near_truth = boundary_band(answer, width), boundary_band(truth, width)
+        counted = truth < len(self.classes)
+        self.bands = self.bands.to(answer.device)
+        for row, where, labels in (
+            (0, near_answer & near_truth & (answer == truth), truth),
+            (1, near_answer, answer),
+            (2, near_truth, truth),
+        ):
+            cells = labels.where(where & counted, len(self.classes)).flatten()
+            self.bands[row].scatter_add_(0, cells, torch.ones_like(cells))
+
+    def _count_bins(self, prediction: Prediction, truth: Tensor, path: Path) -> None:
+        if prediction.confidence is None or prediction.semantic is None:
+            raise ValueError(f"{path}: calibration needs the confidence of the prediction")
+        sure, answer = prediction.confidence.double(), prediction.semantic
+        truth = truth.to(answer.device)
+        # a bin holds its upper edge
+        places = (sure * BINS).ceil().long().clamp(1, BINS) - 1
+        places = places.where(truth != IGNORE, BINS).flatten()
+        right = (answer == truth).double()
+        self.bins = self.bins.to(answer.device)
+        for row, values in zip(self.bins, (torch.ones_like(sure), right, sure), strict=True):
+            row.scatter_add_(0, places, values.flatten())
 
     def _check(self) -> None:
         faults = torch.stack(self._faults).tolist() if self._faults else []
@@ -108,6 +154,15 @@ class MeanIoU(Metric):
         iou = self._ratios("IoU", hits, either)
         acc = self._ratios("Acc", hits, truth)
         dice = self._ratios("Dice", 2 * hits, truth + answers)
+        more: dict[str, float] = {}
+        if self.boundary is not None:
+            both, *each = sum_over_processes(self.bands).cpu()[:, :-1].double()
+            outlines = self._ratios("BIoU", both, sum(each) - both)
+            more = {"mBIoU": sum(outlines.values()) / max(len(outlines), 1), **outlines}
+        if self.confidence:
+            pixels_in, right, sure = sum_over_processes(self.bins).cpu()[:, :-1]
+            error = (right - sure).abs().sum() / pixels_in.sum().clamp(min=1)
+            more["ECE"] = error.item()
         return {
             "aAcc": (hits.sum() / pixels).item(),
             "mIoU": sum(iou.values()) / max(len(iou), 1),
@@ -117,6 +172,7 @@ class MeanIoU(Metric):
             **iou,
             **acc,
             **dice,
+            **more,
         }
 
     def _ratios(self, name: str, parts: Tensor, wholes: Tensor) -> dict[str, float]:

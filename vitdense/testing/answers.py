@@ -14,7 +14,7 @@ from vitdense.heads.base import Head
 from vitdense.models.base import Model
 from vitdense.structures import Level, Prediction, Size, Target, Task
 from vitdense.testing import probes
-from vitdense.testing.predictions import agreement, check_prediction
+from vitdense.testing.predictions import agreement, check_prediction, check_semantic_logits
 from vitdense.testing.probes import require
 
 CPU = torch.device("cpu")
@@ -32,8 +32,8 @@ def check_head(
 
     The same output type in training and in evaluation; the same scalar loss terms always; finite
     gradients on every parameter, also for targets without objects and for one image; an image
-    alone = the same in a batch; predictions of the right types inside the original image;
-    bfloat16 autocast; copies.
+    alone = the same in a batch; predictions of the right types inside the original image, for
+    each task; semantic logits over the canvas where there are any; bfloat16 autocast; copies.
 
     Args:
         cls: the class, or a function that builds the part.
@@ -61,6 +61,7 @@ def check_model(
     cls: Callable[..., Model],
     *,
     num_classes: int = 3,
+    image_classes: int = 0,
     canvas: Size | None = None,
     **options: Any,
 ) -> None:
@@ -69,6 +70,7 @@ def check_model(
     Args:
         cls: the class, or a function that builds the part.
         num_classes: the fact it is built with.
+        image_classes: another, for models that also label whole images: 0 or 3.
         canvas: (height, width) of the images; by default small multiples of its divisor.
         options: what a config would set.
 
@@ -77,7 +79,8 @@ def check_model(
     """
     name = getattr(cls, "__name__", type(cls).__name__)
     with probes.seeded():
-        model = cls(num_classes, **options)
+        facts = (num_classes, image_classes) if image_classes else (num_classes,)
+        model = cls(*facts, **options)
         require(isinstance(model, Model), f"{name} must derive from vitdense.models.base.Model")
         require(
             isinstance(getattr(model, "divisor", None), int) and model.divisor > 0,
@@ -89,9 +92,9 @@ def check_model(
             return torch.randint(256, (count, model.in_chans, *size), dtype=torch.uint8)
 
         def build() -> Model:
-            return cls(num_classes, **options)
+            return cls(*facts, **options)
 
-        _Subject(name, build, inputs, (size[0], size[1]), num_classes).check()
+        _Subject(name, build, inputs, (size[0], size[1]), num_classes, image_classes).check()
 
 
 @dataclass
@@ -103,6 +106,7 @@ class _Subject:
     inputs: Callable[[int], Any]
     canvas: Size
     num_classes: int
+    image_classes: int = 0
 
     def check(self) -> None:
         """All checks, the simplest first."""
@@ -215,6 +219,8 @@ class _Subject:
 
     def _check_predictions(self, module: nn.Module) -> None:
         self._check_each(module, self._predict(module, self.inputs(2)), "in evaluation")
+        if module.task == "semantic":
+            self._check_logits(module)
 
     def _check_batch_and_copies(self, module: nn.Module) -> None:
         inputs = self.inputs(2)
@@ -250,8 +256,23 @@ class _Subject:
         )
         return predictions
 
+    def _check_logits(self, module: Any) -> None:
+        with torch.no_grad():
+            outputs = module.eval()(self.inputs(2))
+        try:
+            logits = module.semantic_logits(outputs)
+        except NotImplementedError:  # only windows, flips and scales need it
+            return
+        name = f"{self.name}.semantic_logits"
+        check_semantic_logits(name, logits, 2, self.num_classes, self.canvas)
+
     def _check_each(self, module: Any, predictions: list[Prediction], situation: str) -> None:
         frames = probes.make_frames(self.canvas, len(predictions))
         for prediction, frame in zip(predictions, frames, strict=True):
             name = f"{self.name}.predict {situation}"
             check_prediction(name, prediction, module.task, frame, self.num_classes)
+            scores = prediction.image_scores
+            require(
+                self.image_classes == (0 if scores is None else len(scores)),
+                f"{name}: image_scores must hold one number for each of the image classes",
+            )

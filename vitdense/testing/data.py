@@ -17,18 +17,25 @@ from vitdense.testing.probes import require
 
 
 def check_dataset(
-    cls: Callable[..., Dataset], root: Path | str, split: str, *, samples: int = 8, **options: Any
+    cls: Callable[..., Dataset],
+    root: Path | str,
+    split: str,
+    *,
+    samples: int = 8,
+    channels: int = 3,
+    **options: Any,
 ) -> None:
     """Assert what every data set must keep.
 
-    Class names and category ids that fit each other; unique image ids; uint8 images of the told
-    number of channels; targets of the right types inside the image; the same sample each time;
-    pickling, for worker processes.
+    Class names and category ids that fit each other; unique image ids; images of the told number
+    of channels, uint8 or float32 in 0..255; targets of the right types inside the image; the same
+    truth with and without the image; the same sample each time; pickling, for worker processes.
 
     Args:
         cls: the class, or a function that builds the part.
         root, split: the facts it is built with; a small set is enough.
         samples: how many of its samples are looked at.
+        channels: of its images; with 3 it is tried whether they can be read as grey, too.
         options: what a config would set.
 
     Raises:
@@ -36,6 +43,7 @@ def check_dataset(
     """
     name = getattr(cls, "__name__", type(cls).__name__)
     dataset = cls(Path(root), split, **options)
+    dataset.channels = channels
     require(isinstance(dataset, Dataset), f"{name} must derive from vitdense.data.base.Dataset")
     _check_classes(name, dataset)
     require(len(dataset) > 0, f"{name}: no samples in split '{split}' of {root}")
@@ -53,6 +61,12 @@ def check_dataset(
             f"{name}: sample 0 differs when read again, or from a pickled copy in a worker. "
             "Random changes belong to a policy",
         )
+    require(
+        _equal(found[0].target, dataset.target(0)),
+        f"{name}.target(0) is another truth than that of sample 0",
+    )
+    if channels != 3:
+        return
     dataset.channels = 1
     require(
         dataset[0].image.shape[0] == 1,
@@ -64,9 +78,10 @@ def check_dataset(
 def check_policy(cls: Callable[..., Policy], *, channels: int = 3, **options: Any) -> None:
     """Assert what every transform policy must keep.
 
-    Training changes image and truth together, evaluation the image alone; types stay; objects
-    that are cropped away leave every field; images without objects work; the sample that comes
-    in stays as it is; the same random state gives the same sample.
+    Training changes image and truth together, evaluation the image alone; types stay, uint8 and
+    the float32 of deeper images; objects that are cropped away leave every field; images without
+    objects work; the sample that comes in stays as it is; the same random state gives the same
+    sample.
 
     Args:
         cls: the class, or a function that builds the part.
@@ -81,7 +96,7 @@ def check_policy(cls: Callable[..., Policy], *, channels: int = 3, **options: An
         policy = cls(**options)
         require(isinstance(policy, Policy), f"{name} must derive from vitdense.data.base.Policy")
         for seed, (size, objects) in enumerate((((70, 101), 3), ((96, 64), 0), ((50, 50), 9))):
-            sample = _make_sample(size, objects, channels)
+            sample = _make_sample(size, objects, channels, deep=objects == 9)
             before = pickle.dumps(sample)
             for part in ("train", "evaluate"):
                 torch.manual_seed(seed)
@@ -129,9 +144,10 @@ def _check_sample(name: str, sample: Sample, dataset: Dataset) -> None:
     where = f"{name}, image {sample.image_id}"
     image = sample.image
     require(
-        image.dtype == torch.uint8 and image.ndim == 3 and image.shape[0] == dataset.channels,
-        f"{where}: image must be uint8 [{dataset.channels}, H, W], it is {image.dtype} "
-        f"{tuple(image.shape)}",
+        _is_image(image) and image.shape[0] == dataset.channels,
+        f"{where}: image must be uint8 [{dataset.channels}, H, W], or float32 in 0..255 for files "
+        f"of more than 8 bits, it is {image.dtype} {tuple(image.shape)} up to {image.max():g}; "
+        "the model normalises",
     )
     require(
         sample.original == tuple(image.shape[1:]),
@@ -143,6 +159,11 @@ def _check_sample(name: str, sample: Sample, dataset: Dataset) -> None:
         f"{where}: path must be a pathlib.Path to the file, it is {sample.path!r}",
     )
     _check_target(where, sample.target, sample.original, len(dataset.classes))
+    labels = sample.target.image_labels
+    require(
+        len(dataset.image_classes) == (0 if labels is None else len(labels)),
+        f"{where}: target.image_labels must hold one bool for each of {name}.image_classes",
+    )
 
 
 def _check_target(where: str, target: Target, size: Size, num_classes: int) -> None:
@@ -167,6 +188,12 @@ def _check_target(where: str, target: Target, size: Size, num_classes: int) -> N
             int(target.labels.min()) >= 0 and int(target.labels.max()) < num_classes,
             f"{where}: target.labels must lie in 0..{num_classes - 1}; map the file's ids",
         )
+    labels = target.image_labels
+    require(
+        labels is None or (labels.dtype == torch.bool and labels.ndim == 1),
+        f"{where}: target.image_labels must be bool [K], it is "
+        f"{labels is not None and (labels.dtype, tuple(labels.shape))}",
+    )
     if target.boxes is not None and count:
         height, width = size
         require(
@@ -193,8 +220,16 @@ def _check_semantic(where: str, semantic: Tensor, size: Size, num_classes: int) 
     )
 
 
-def _make_sample(size: Size, objects: int, channels: int) -> Sample:
+def _is_image(image: Tensor) -> bool:
+    if image.dtype == torch.uint8:
+        return image.ndim == 3
+    in_range = not image.any() or (image.min() >= 0 and 1 < image.max() <= 255)
+    return image.dtype == torch.float32 and image.ndim == 3 and bool(in_range)
+
+
+def _make_sample(size: Size, objects: int, channels: int, deep: bool) -> Sample:
     image = torch.randint(256, (channels, *size), dtype=torch.uint8)
+    image = image.float().mul_(0.999) if deep else image
     target = probes.make_target(size, 3, objects)
     return Sample(image, target, 7, size, Path("images/7.jpg"))
 
@@ -203,9 +238,12 @@ def _check_prepared(
     name: str, policy: Policy, before: Sample, after: Sample, evaluation: bool
 ) -> None:
     require(
-        after.image.dtype == torch.uint8 and after.image.shape[0] == before.image.shape[0],
-        f"{name} must return a uint8 image with the channels that came in, it returned "
-        f"{after.image.dtype} {tuple(after.image.shape)}; the model normalises",
+        _is_image(after.image)
+        and after.image.dtype == before.image.dtype
+        and after.image.shape[0] == before.image.shape[0],
+        f"{name} must return an image of the type ({before.image.dtype}), the range and the "
+        f"channels that came in, it returned {after.image.dtype} {tuple(after.image.shape)} up to "
+        f"{after.image.max():g}; the model normalises",
     )
     size = (after.image.shape[1], after.image.shape[2])
     same_facts = (after.image_id, after.original, after.path) == (
@@ -223,6 +261,10 @@ def _check_prepared(
         require(fits, f"{name} returned {size}, larger than the promised canvas {policy.canvas}")
     else:
         _check_target(name, after.target, size, 3)
+        require(
+            _equal(after.target.image_labels, before.target.image_labels),
+            f"{name} must keep target.image_labels: they are of the whole image",
+        )
 
 
 def _equal(first: Any, second: Any) -> bool:

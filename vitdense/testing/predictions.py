@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vitdense.structures import Frame, Prediction, Task
+from vitdense.structures import Frame, Prediction, Size, Task
 from vitdense.testing.probes import require
 
 FIELDS: dict[Task, tuple[str, ...]] = {
@@ -28,6 +28,8 @@ def check_prediction(
     missing = [key for key in FIELDS[task] if getattr(prediction, key) is None]
     require(not missing, f"{name}: a {task} answer must hold {missing}, which are None")
     _check_objects(name, prediction, num_classes)
+    if prediction.image_scores is not None:
+        _check_image_scores(name, prediction.image_scores)
     if prediction.boxes is not None:
         _check_boxes(name, prediction.boxes, frame)
     for key in ("semantic", "panoptic"):
@@ -41,7 +43,7 @@ def check_prediction(
     if prediction.semantic is not None:
         _check_range(name, "semantic", prediction.semantic, num_classes)
     if prediction.panoptic is not None and prediction.labels is not None:
-        _check_range(name, "panoptic", prediction.panoptic, len(prediction.labels) + 1)
+        _check_segments(name, prediction.panoptic, len(prediction.labels))
     if prediction.masks is not None:
         expected = (len(_given(prediction.labels)), *frame.original)
         require(
@@ -73,6 +75,16 @@ def _check_objects(name: str, prediction: Prediction, num_classes: int) -> None:
         _check_range(name, "labels", labels, num_classes)
 
 
+def _check_image_scores(name: str, scores: Tensor) -> None:
+    require(
+        scores.is_floating_point()
+        and scores.ndim == 1
+        and bool(((scores >= 0) & (scores <= 1)).all()),
+        f"{name}: image_scores must be float [K] in 0..1, they are {scores.dtype} "
+        f"{tuple(scores.shape)}; apply a sigmoid",
+    )
+
+
 def _check_boxes(name: str, boxes: Tensor, frame: Frame) -> None:
     require(
         boxes.is_floating_point() and boxes.ndim == 2 and boxes.shape[1] == 4,
@@ -91,6 +103,45 @@ def _check_boxes(name: str, boxes: Tensor, frame: Frame) -> None:
     )
 
 
+def _check_segments(name: str, panoptic: Tensor, count: int) -> None:
+    _check_range(name, "panoptic", panoptic, count + 1)
+    missing = sorted(set(range(1, count + 1)) - set(panoptic.unique().tolist()))
+    require(
+        not missing,
+        f"{name}: segments {missing[:3]} of {count} have no pixel in panoptic; k in the map is "
+        "the k-th entry of labels, from 1, and 0 is void",
+    )
+
+
+def check_semantic_logits(
+    name: str, logits: object, count: int, num_classes: int, canvas: Size
+) -> None:
+    """Assert what windows and flipped images are averaged from.
+
+    Raises:
+        AssertionError: begins with `name`.
+    """
+    require(
+        isinstance(logits, Tensor)
+        and logits.is_floating_point()
+        and logits.shape[:-2] == (count, num_classes)
+        and bool(logits.isfinite().all()),
+        f"{name} must be float [B, C, h, w] = [{count}, {num_classes}, h, w] and finite; it is "
+        + (
+            f"{logits.dtype} {tuple(logits.shape)}"
+            if isinstance(logits, Tensor)
+            else type(logits).__name__
+        ),
+    )
+    assert isinstance(logits, Tensor)
+    (height, width), (rows, columns) = canvas, logits.shape[-2:]
+    require(
+        abs(rows * width / height - columns) <= 1,
+        f"{name} must lie over the whole canvas of {canvas}; a map of {(rows, columns)} has "
+        "another form",
+    )
+
+
 def _check_range(name: str, key: str, values: Tensor, count: int) -> None:
     require(
         not values.numel() or (values.min() >= 0 and values.max() < count),
@@ -105,6 +156,9 @@ def _given(labels: Tensor | None) -> Tensor:
 def agreement(first: Prediction, second: Prediction) -> float:
     """Share of the answers, in 0..1, that two predictions for one image have in common."""
     shares = [1.0]
+    if first.image_scores is not None and second.image_scores is not None:
+        close = (first.image_scores - second.image_scores).abs() < 1e-3
+        shares.append(close.float().mean().item())
     if first.semantic is not None and second.semantic is not None:
         shares.append((first.semantic == second.semantic).float().mean().item())
     if first.panoptic is not None and second.panoptic is not None:
@@ -129,6 +183,8 @@ def _found(first: Prediction, second: Prediction) -> float:
         return float(len(a) == len(b))
     tolerance = a.new_tensor([1e-3, 1e-3, 0.5, 0.5, 0.5, 0.5])[: a.shape[1]]
     close = ((a[:, None] - b[None]).abs() <= tolerance).all(-1)
+    if first.masks is not None and second.masks is not None:
+        close &= _overlaps(first.masks, second.masks) > 0.9
     return close.any(1).float().mean().item()
 
 
@@ -139,3 +195,10 @@ def _objects(prediction: Prediction) -> Tensor:
     if prediction.boxes is not None:
         columns.append(prediction.boxes.float())
     return torch.cat(columns, 1)
+
+
+def _overlaps(first: Tensor, second: Tensor) -> Tensor:
+    """IoU of every mask with every other, float [N, M]; 1 for two empty ones."""
+    a, b = first.flatten(1).float(), second.flatten(1).float()
+    common = a @ b.mT
+    return (common + 1e-6) / (a.sum(1)[:, None] + b.sum(1)[None] - common + 1e-6)

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from vitdense.structures import IGNORE, Frame, Level, Size, Target
 
+IMAGE_CLASSES = 3
+"""Of the targets' labels of whole images."""
+
 PYRAMID = (Level(8, 4), Level(16, 8), Level(24, 16), Level(32, 32))
 """The levels that heads and necks are checked on unless told otherwise."""
 
@@ -62,6 +65,7 @@ def make_target(size: Size, num_classes: int, objects: int = 3) -> Target:
         semantic=semantic,
         crowd=torch.zeros(objects, dtype=torch.bool),
         area=masks.flatten(1).sum(1).float(),
+        image_labels=torch.arange(IMAGE_CLASSES) < objects,
     )
 
 

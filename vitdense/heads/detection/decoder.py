@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import cast
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vitdense.heads.detection.deformable_transformer import Predictor
 from vitdense.layers.mlp import MLP
 from vitdense.layers.position import box_embedding
+from vitdense.losses.set_criterion import Queries
 from vitdense.structures import Size
 
 
@@ -55,7 +56,8 @@ class Decoder(nn.Module):
         places: Tensor | None = None,
         mask: Tensor | None = None,
         groups: int = 1,
-    ) -> tuple[Tensor, Tensor]:
+        embed: Callable[[Tensor], Tensor] | None = None,
+    ) -> Queries:
         """Decode.
 
         Args:
@@ -66,11 +68,12 @@ class Decoder(nn.Module):
             places: float [B, Q, width], where the decoder makes none.
             mask: bool [Q, Q], which other queries (columns) each may see.
             groups: sets of queries, one after the other, that do not see each other.
+            embed: makes mask embeddings [B, Q, M] of each layer's queries, where masks are wanted.
 
         Returns:
-            logits [L, B, Q, C] and boxes [L, B, Q, 4] of every layer.
+            predictions of every layer, with the `embeddings` among their `details`.
         """
-        logits, boxes = [], []
+        logits, boxes, embeddings = [], [], []
         looked_at = references
         for i, layer in enumerate(self.layers):
             if self.place is not None and (i == 0 or self.refine):
@@ -81,6 +84,8 @@ class Decoder(nn.Module):
             deltas = predict.boxes(read)
             logits.append(predict.classes(read))
             boxes.append(predict.move(references, deltas))
+            if embed is not None:
+                embeddings.append(embed(read))
             if self.refine and i + 1 < len(self.layers):
                 # without the norm, as in the code and the weights of DINO and its descendants
                 if self.norm is not None:
@@ -88,7 +93,8 @@ class Decoder(nn.Module):
                 moved = predict.move(looked_at, deltas)
                 looked_at = moved.detach()
                 references = moved if self.look_twice else looked_at
-        return torch.stack(logits), torch.stack(boxes)
+        details = {"embeddings": torch.stack(embeddings)} if embeddings else {}
+        return Queries(torch.stack(logits), torch.stack(boxes), details=details)
 
 
 class SinePlace(nn.Module):

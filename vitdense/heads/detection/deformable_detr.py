@@ -107,6 +107,8 @@ class DeformableDetrHead(SigmoidQueryHead):
             embedded = self.queries.weight[None].expand(len(memory), -1, -1)
             places, queries = embedded.chunk(2, -1)
             references = self.references(places).sigmoid()
-        logits, boxes = self.decoder(queries, references, memory, shapes, places=places)
+        decoded = self.decoder(queries, references, memory, shapes, places=places)
         first = 0 if self.aux_loss else -1
-        return QueryOutputs(logits[first:], boxes[first:], self.canvas(features), others=others)
+        return QueryOutputs(
+            decoded.logits[first:], decoded.boxes[first:], self.canvas(features), others=others
+        )

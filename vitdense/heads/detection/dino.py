@@ -15,7 +15,7 @@ from vitdense.heads.detection.deformable_transformer import (
     Predictor,
 )
 from vitdense.heads.detection.denoising import Denoising
-from vitdense.heads.detection.inputs import LevelInputs, choose_levels, flatten_levels
+from vitdense.heads.detection.inputs import LevelInputs, choose_levels, first_map, flatten_levels
 from vitdense.heads.detection.queries import QueryOutputs
 from vitdense.heads.detection.two_stage import TwoStageHead
 from vitdense.losses.classification import CLASS_LOSSES
@@ -59,6 +59,9 @@ class DinoHead(TwoStageHead):
         class_weight: NonNegativeFloat = 1.0,  # of the class loss, beside L1 with 5 and GIoU with 2
         max_detections: PositiveInt = 300,  # best ones kept for each image
         nms: Fraction | None = None,  # overlap from which the lesser box of a class is dropped
+        masks: bool = False,  # answer instance masks too, and learn them beside the boxes
+        mask_weight: NonNegativeFloat = 1.0,  # of their cross-entropy and dice losses; COCO's use 5
+        mask_points: PositiveInt = 4096,  # of an image, and of each mask, in their costs and losses
     ) -> None:
         if width % 4:
             raise ValueError(f"width: must be a multiple of 4 for the positions, not {width}")
@@ -103,10 +106,13 @@ class DinoHead(TwoStageHead):
         self.criterion = SetCriterion(
             CLASS_LOSSES[class_loss](), class_cost=2.0, class_weight=class_weight
         )
+        if masks:
+            self.add_masks(self.input_levels[0], width, mask_points, mask_weight)
 
     def forward(self, features: list[Tensor], targets: list[Target] | None = None) -> QueryOutputs:
         """Outputs with C = num_classes logits."""
         maps = self.inputs([features[i] for i in self.input_levels])
         shapes = [(x.shape[-2], x.shape[-1]) for x in maps]
         memory = self.encoder(flatten_levels(maps), shapes)
-        return self.decode(memory, shapes, self.canvas(features), targets)
+        pixels = self.pixels(first_map(memory, shapes), features)
+        return self.decode(memory, shapes, self.canvas(features), targets, pixels)

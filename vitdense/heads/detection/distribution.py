@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,7 @@ class DistributionDecoder(nn.Module):
         shapes: list[Size],
         *,
         mask: Tensor | None = None,
+        embed: Callable[[Tensor], Tensor] | None = None,
     ) -> Queries:
         """Decode, with arguments as of `Decoder`.
 
@@ -71,6 +72,7 @@ class DistributionDecoder(nn.Module):
         before = torch.zeros_like(queries)
         logits: list[Tensor] = []
         boxes: list[Tensor] = []
+        embeddings: list[Tensor] = []
         for layer, predict in zip(self.layers, self.predictors, strict=True):
             places = self.place(references).clamp(-LIMIT, LIMIT)
             queries = layer(queries, places, references, memory, shapes, mask)
@@ -79,11 +81,15 @@ class DistributionDecoder(nn.Module):
                 logits.append(plain)
                 boxes.append((references.logit(eps=EPS) + self.first(queries)).sigmoid())
                 origins = boxes[0].detach()
+                embeddings += [embed(queries)] if embed else []
             logits.append(scores)
+            embeddings += [embed(queries)] if embed else []
             edges.append(moved)
             boxes.append(move_edges(origins, mean_distances(moved, bins), self.scale))
             references, before = boxes[-1].detach(), queries.detach()
         details = {"edges": torch.stack(edges), "origins": origins.expand(len(boxes), -1, -1, -1)}
+        if embeddings:
+            details["embeddings"] = torch.stack(embeddings)
         return Queries(torch.stack(logits), torch.stack(boxes), details=details)
 
 

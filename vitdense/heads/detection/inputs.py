@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from vitdense.structures import Level
+from vitdense.structures import Level, Size
 
 FINE = 6
 """Levels of a smaller stride are not read by default: stride 8, or 7 after a patch of 14, is."""
@@ -75,3 +75,9 @@ class LevelInputs(nn.ModuleList):
 def flatten_levels(maps: list[Tensor]) -> Tensor:
     """The cells of all maps [B, width, H_i, W_i], one map after the other: [B, S, width]."""
     return torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1)
+
+
+def first_map(cells: Tensor, shapes: list[Size]) -> Tensor:
+    """The cells [B, S, width] of the first of these shapes, as a map [B, width, H, W]."""
+    height, width = shapes[0]
+    return cells[:, : height * width].transpose(1, 2).unflatten(2, (height, width))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
 from vitdense.heads.detection.decoder import Decoder, SinePlace
@@ -53,6 +53,9 @@ class LwDetrHead(SigmoidQueryHead):
         aux_loss: bool = True,  # train every decoder layer, not just the last
         max_detections: PositiveInt = 100,  # best ones kept for each image
         nms: Fraction | None = None,  # overlap from which the lesser box of a class is dropped
+        masks: bool = False,  # answer instance masks too, and learn them beside the boxes
+        mask_weight: NonNegativeFloat = 1.0,  # of their cross-entropy and dice losses; COCO's use 5
+        mask_points: PositiveInt = 4096,  # of an image, and of each mask, in their costs and losses
     ) -> None:
         super().__init__(levels, num_classes, max_detections, nms)
         if width % 4:
@@ -81,6 +84,8 @@ class LwDetrHead(SigmoidQueryHead):
             refine=box_refinement,
         )
         self.criterion = SetCriterion(CLASS_LOSSES[class_loss](), class_cost=2.0, class_weight=1.0)
+        if masks:
+            self.add_masks(self.input_levels[0], width, mask_points, mask_weight)
 
     def forward(self, features: list[Tensor], targets: list[Target] | None = None) -> QueryOutputs:
         """Outputs with C = num_classes logits, of all groups in training."""
@@ -97,10 +102,16 @@ class LwDetrHead(SigmoidQueryHead):
             encoder.boxes[0].detach(), self._learned(self.offsets, groups, count)
         )
         queries = self._learned(self.queries, groups, count).expand(len(memory), -1, -1)
-        logits, boxes = self.decoder(queries, references, memory, shapes, groups=groups)
+        decoded = self.decoder(queries, references, memory, shapes, groups=groups, embed=self.embed)
         first = 0 if self.aux_loss else -1
         return QueryOutputs(
-            logits[first:], boxes[first:], self.canvas(features), groups, {"_encoder": encoder}
+            decoded.logits[first:],
+            decoded.boxes[first:],
+            self.canvas(features),
+            groups,
+            others={"_encoder": encoder},
+            details={name: x[first:] for name, x in decoded.details.items()},
+            pixels=self.pixels(maps[0], features),
         )
 
     def _propose(

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitdense.heads.base import Head
+from vitdense.heads.detection.masks import MaskBranch, restore_masks
+from vitdense.losses.dot_masks import DotMasks
 from vitdense.losses.set_criterion import Queries, SetCriterion
 from vitdense.ops.boxes import relative_to_xyxy
 from vitdense.structures import Frame, Level, Prediction, Size, Target, Task
@@ -27,7 +29,10 @@ class QueryOutputs:
         groups: sets of queries that Q consists of; answers come from the first.
         others: what is trained beside them, by the suffix of its terms: `_encoder` are the
             proposals of the first stage, `_denoising` the queries made of noisy truth.
-        details: what else is predicted and trained, float [L, B, Q, ...] each.
+        details: what else is predicted and trained, float [L, B, Q, ...] each: of heads with masks
+            the `embeddings` [L, B, Q, M].
+        pixels: float [B, M, h, w], features over the canvas: their products with an embedding are
+            the logits of its mask.
     """
 
     logits: Tensor
@@ -36,6 +41,7 @@ class QueryOutputs:
     groups: int = 1
     others: dict[str, Queries] = field(default_factory=dict)
     details: dict[str, Tensor] = field(default_factory=dict)
+    pixels: Tensor | None = None
 
 
 class QueryHead(Head):
@@ -52,13 +58,42 @@ class QueryHead(Head):
     ) -> None:
         super().__init__(levels, num_classes)
         self.max_detections, self.nms = max_detections, nms
+        self.masks: MaskBranch | None = None
+        self.mask_points, self.mask_weight = 0, 0.0
+
+    def add_masks(self, finest: int, width: int, points: int, weight: float) -> None:
+        """Answer masks beside boxes, and learn them; see `MaskBranch` and `DotMasks`.
+
+        Args:
+            finest: index of the finest level that the encoder reads.
+            width: of queries and cells.
+            points, weight: of the mask losses.
+        """
+        self.task = "instance"
+        self.mask_points, self.mask_weight = points, weight
+        self.masks = MaskBranch(self.levels, finest, width)
+
+    @property
+    def embed(self) -> nn.Module | None:
+        """What makes mask embeddings of queries."""
+        return None if self.masks is None else self.masks.embed
+
+    def pixels(self, finest: Tensor, features: list[Tensor]) -> Tensor | None:
+        """What makes masks of them: `MaskBranch.forward`, if there is one."""
+        return None if self.masks is None else self.masks(finest, features)
 
     def loss(self, outputs: QueryOutputs, targets: list[Target]) -> dict[str, Tensor]:
-        """`class`, `box` and `giou` of the last layer, `_aux` of earlier ones, and of `others`."""
+        """`class`, `box` and `giou` of the last layer, `_aux` of earlier ones, and of `others`.
+
+        With masks also `mask` (cross-entropy) and `dice`.
+        """
         queries = Queries(
             outputs.logits, outputs.boxes, groups=outputs.groups, details=outputs.details
         )
-        return self.criterion({"": queries, **outputs.others}, targets, outputs.canvas)
+        masks = None
+        if outputs.pixels is not None:
+            masks = DotMasks(outputs.pixels, targets, self.mask_points, self.mask_weight)
+        return self.criterion({"": queries, **outputs.others}, targets, outputs.canvas, masks)
 
     def candidates(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the last layer's logits [B, Q, C] could answer, in any order.
@@ -79,18 +114,26 @@ class QueryHead(Head):
         labels, chosen = labels.gather(1, best), queries.gather(1, best)
         boxes = outputs.boxes[-1].float().gather(1, chosen[..., None].expand(-1, -1, 4))
         boxes = relative_to_xyxy(boxes, outputs.canvas)
-        return [
-            self._answer(scores[i], labels[i], frame.restore_boxes(boxes[i]))
-            for i, frame in enumerate(frames)
-        ]
+        answers = []
+        for i, frame in enumerate(frames):
+            found = Prediction(scores[i], labels[i], frame.restore_boxes(boxes[i]))
+            found, its_queries = self._suppress(found, chosen[i])
+            if outputs.pixels is not None:
+                embeddings = outputs.details["embeddings"][-1, i, its_queries].float()
+                found.masks = restore_masks(embeddings, outputs.pixels[i].float(), frame)
+            answers.append(found)
+        return answers
 
-    def _answer(self, scores: Tensor, labels: Tensor, boxes: Tensor) -> Prediction:
-        if self.nms is not None:
-            from torchvision.ops import batched_nms
+    def _suppress(self, found: Prediction, queries: Tensor) -> tuple[Prediction, Tensor]:
+        """Without the lesser of boxes that overlap, if so wanted; and the queries of the rest."""
+        if self.nms is None:
+            return found, queries
+        from torchvision.ops import batched_nms
 
-            kept = batched_nms(boxes, scores, labels, self.nms)[: self.max_detections]
-            scores, labels, boxes = scores[kept], labels[kept], boxes[kept]
-        return Prediction(scores=scores, labels=labels, boxes=boxes)
+        scores, labels, boxes = found.scores, found.labels, found.boxes
+        assert scores is not None and labels is not None and boxes is not None
+        kept = batched_nms(boxes, scores, labels, self.nms)[: self.max_detections]
+        return Prediction(scores[kept], labels[kept], boxes[kept]), queries[kept]
 
 
 class SigmoidQueryHead(QueryHead):

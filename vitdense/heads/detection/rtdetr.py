@@ -67,23 +67,21 @@ class RTDetrHead(TwoStageHead):
         class_loss: Literal["focal", "varifocal", "matchability"] = "matchability",  # scores learn
         max_detections: PositiveInt = 100,  # best ones kept for each image
         nms: Fraction | None = None,  # overlap from which the lesser box of a class is dropped
+        masks: bool = False,  # answer instance masks too, and learn them beside the boxes
+        mask_weight: NonNegativeFloat = 1.0,  # of their cross-entropy and dice losses; COCO's use 5
+        mask_points: PositiveInt = 4096,  # of an image, and of each mask, in their costs and losses
     ) -> None:
-        if distribution and not box_refinement:
-            raise ValueError("distribution: is what layers refine; box_refinement must be on")
         sizes = (width, heads, ffn, dropout, num_levels, points)
         layer = partial(GatedDecoderLayer if distribution else DeformableDecoderLayer, *sizes)
         layers = [layer(reach=offset_scale) for _ in range(decoder_layers)]
+        edges = (bins, bin_scale) if distribution else None
         noise = (num_classes, width, denoising, label_noise, box_noise)
+        facts = levels, num_classes, max_detections, nms
         super().__init__(
-            levels,
-            num_classes,
-            max_detections,
-            nms,
+            *facts,
             width=width,
             queries=queries,
-            decoder=DistributionDecoder(layers, width, num_classes, bins=bins, scale=bin_scale)
-            if distribution
-            else make_decoder(layers, width, num_classes, box_refinement),
+            decoder=make_decoder(layers, width, num_classes, box_refinement, edges),
             denoising=Denoising(*noise) if denoising else None,
             two_stage=two_stage,
             train_all_cells=train_all_cells,
@@ -110,19 +108,34 @@ class RTDetrHead(TwoStageHead):
         last = partial(project, inner, width, 1, 1) if project_memory else nn.Identity
         self.memory = nn.ModuleList(last() for _ in range(num_levels))
         self.criterion = make_criterion(class_loss, self.decoder)
+        if masks:
+            self.add_masks(self.input_levels[0], width, mask_points, mask_weight)
 
     def forward(self, features: list[Tensor], targets: list[Target] | None = None) -> QueryOutputs:
         """Outputs with C = num_classes logits."""
         maps = self.encoder(self.inputs([features[i] for i in self.input_levels]))
         maps = [project(x) for project, x in zip(self.memory, maps, strict=True)]
         shapes = [(x.shape[-2], x.shape[-1]) for x in maps]
-        return self.decode(flatten_levels(maps), shapes, self.canvas(features), targets)
+        pixels = self.pixels(maps[0], features)
+        return self.decode(flatten_levels(maps), shapes, self.canvas(features), targets, pixels)
 
 
 def make_decoder(
-    layers: list[DeformableDecoderLayer], width: int, num_classes: int, refine: bool
-) -> Decoder:
-    """RT-DETR's: positions from boxes by an MLP, a predictor for each layer."""
+    layers: list[DeformableDecoderLayer],
+    width: int,
+    num_classes: int,
+    refine: bool,
+    edges: tuple[int, float] | None,
+) -> nn.Module:
+    """RT-DETR's: positions from boxes by an MLP, a predictor for each layer; or D-FINE's.
+
+    Args:
+        edges: for D-FINE's the bins of the edges and their scale.
+    """
+    if edges is not None:
+        if not refine:
+            raise ValueError("distribution: is what layers refine; box_refinement must be on")
+        return DistributionDecoder(layers, width, num_classes, bins=edges[0], scale=edges[1])
     predictors = [Predictor(width, num_classes) for _ in layers]
     place = MLP(4, 2 * width, width)
     return Decoder(layers, predictors, place=place, refine=refine, look_twice=refine)

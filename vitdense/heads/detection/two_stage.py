@@ -22,7 +22,7 @@ class TwoStageHead(SigmoidQueryHead):
     Args:
         width: of cells and queries.
         queries: how many are selected.
-        decoder: of the queries; it gives logits and boxes, or `Queries` with more details.
+        decoder: of the queries; it gives `Queries`.
         denoising: makes noisy queries in training; None for none.
         two_stage: references are the boxes of the best cells; else they are learned.
         learned_content: what queries start as is learned; else it is what their cells hold.
@@ -57,9 +57,22 @@ class TwoStageHead(SigmoidQueryHead):
             nn.init.xavier_uniform_(self.contents.weight)
 
     def decode(
-        self, memory: Tensor, shapes: list[Size], canvas: Size, targets: list[Target] | None
+        self,
+        memory: Tensor,
+        shapes: list[Size],
+        canvas: Size,
+        targets: list[Target] | None,
+        pixels: Tensor | None = None,
     ) -> QueryOutputs:
-        """Outputs for the cells [B, S, width] of all levels; `targets` make noisy queries."""
+        """Outputs.
+
+        Args:
+            memory: float [B, S, width], the cells of all levels.
+            shapes: (height, width) of each level.
+            canvas: (height, width) in pixels.
+            targets: make noisy queries.
+            pixels: float [B, M, h, w], features for masks.
+        """
         others: dict[str, Queries] = {}
         queries, references, trained = self._start(memory, shapes)
         if trained is not None:
@@ -70,13 +83,16 @@ class TwoStageHead(SigmoidQueryHead):
             mask = noisy.mask(queries.shape[1])
             queries = torch.cat((noisy.queries.to(queries.dtype), queries), 1)
             references = torch.cat((noisy.references.to(references.dtype), references), 1)
-        decoded = self.decoder(queries, references, memory, shapes, mask=mask)
-        if not isinstance(decoded, Queries):
-            decoded = Queries(*decoded)
+        decoded = self.decoder(queries, references, memory, shapes, mask=mask, embed=self.embed)
         if noisy is not None:
             others["_denoising"], decoded = noisy.split(decoded)
         return QueryOutputs(
-            decoded.logits, decoded.boxes, canvas, others=others, details=decoded.details
+            decoded.logits,
+            decoded.boxes,
+            canvas,
+            others=others,
+            details=decoded.details,
+            pixels=pixels,
         )
 
     def _start(self, memory: Tensor, shapes: list[Size]) -> tuple[Tensor, Tensor, Proposals | None]:

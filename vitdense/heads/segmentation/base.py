@@ -9,11 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitdense.heads.base import Head
-from vitdense.losses.dense import DenseLoss
+from vitdense.losses.dense import ClassWeights, DenseLoss
+from vitdense.ops.rows import chunks, restore_rows
 from vitdense.structures import Frame, Level, Prediction, Size, Target
-
-CHUNK = 2**26
-"""Logits that are brought to original size at once: 256 MiB of float32."""
 
 
 @dataclass(slots=True)
@@ -44,7 +42,7 @@ class SemanticHead(Head):
         levels: list[Level],
         num_classes: int,
         losses: dict[str, float] | None = None,
-        class_weights: list[float] | None = None,
+        class_weights: ClassWeights | None = None,
         label_smoothing: float = 0.0,
         aux_weight: float = 0.0,
     ) -> None:
@@ -65,6 +63,10 @@ class SemanticHead(Head):
         precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return self.criterion(resize(precise, (labels.shape[-2], labels.shape[-1])), labels)
 
+    def semantic_logits(self, outputs: SemanticOutputs) -> Tensor:
+        """float [B, C, h, w] over the canvas: what `predict` decides by, and windows average."""
+        return outputs.logits
+
     def predict(self, outputs: SemanticOutputs, frames: list[Frame]) -> list[Prediction]:
         """The most likely class of each original pixel."""
         pairs = zip(outputs.logits, frames, strict=True)
@@ -77,26 +79,28 @@ def _semantic(target: Target) -> Tensor:
     return target.semantic
 
 
-def classify(logits: Tensor, frame: Frame, chunk: int = CHUNK) -> Tensor:
-    """Most likely class of each pixel, from logits resized a few classes at a time.
+def classify(logits: Tensor, frame: Frame, chunk: int | None = None) -> Tensor:
+    """Most likely class of each pixel, from logits resized a few rows at a time.
 
     150 classes of a 12-megapixel photo would otherwise take 7 GB.
 
     Args:
         logits: float [C, h, w] over the whole canvas.
         frame: where the image lies on it.
-        chunk: numbers in memory at once, but at least one class.
+        chunk: numbers in memory at once, but at least one row; by default what suits the device.
 
     Returns:
         int64 [H, W] in original pixels.
     """
-    area = max(height * width for height, width in (frame.canvas, frame.original))
-    parts = logits.split(max(1, chunk // area))
-    best, labels = frame.restore_map(parts[0].float()).max(dim=0)
-    for index, part in enumerate(parts[1:], start=1):
-        scores, classes = frame.restore_map(part.float()).max(dim=0)
-        labels = torch.where(scores > best, classes + index * len(parts[0]), labels)
-        best = torch.maximum(scores, best)
+
+    def read(first: int, last: int) -> Tensor:
+        return logits[:, first:last].float()
+
+    size = (logits.shape[1], logits.shape[2])
+    labels = torch.empty(frame.original, dtype=torch.long, device=logits.device)
+    for first, last in chunks(len(logits), frame, logits.device, chunk):
+        scores = restore_rows(read, size, frame, first, last)
+        labels[first:last] = scores.max(dim=0).indices  # on a CPU far faster than argmax
     return labels
 
 

@@ -32,7 +32,9 @@ class LinearHead(SemanticHead):
         norm: Literal["auto", "batch", "sync", "group", "layer", "none"] = "auto",  # of each map
         dropout: Fraction = 0.1,  # of whole channels
         losses: dict[str, PositiveFloat] | None = None,  # weights by name; null = cross_entropy
-        class_weights: list[NonNegativeFloat] | None = None,  # one per class, for the cross entropy
+        class_weights: list[NonNegativeFloat]
+        | Literal["inverse", "median"]
+        | None = None,  # for the entropies: one per class, or by how rare they are
         label_smoothing: Fraction = 0.0,  # for the cross entropy
     ) -> None:
         super().__init__(levels, num_classes, losses, class_weights, label_smoothing)

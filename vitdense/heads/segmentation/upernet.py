@@ -36,7 +36,9 @@ class UPerNetHead(SemanticHead):
         aux_channels: PositiveInt = 256,  # width of the auxiliary classifier
         aux_level: NonNegativeInt | None = None,  # 0 = finest; null = nearest to stride 16
         losses: dict[str, PositiveFloat] | None = None,  # weights by name; null = cross_entropy
-        class_weights: list[NonNegativeFloat] | None = None,  # one per class, for the cross entropy
+        class_weights: list[NonNegativeFloat]
+        | Literal["inverse", "median"]
+        | None = None,  # for the entropies: one per class, or by how rare they are
         label_smoothing: Fraction = 0.0,  # for the cross entropy
     ) -> None:
         super().__init__(levels, num_classes, losses, class_weights, label_smoothing, aux_weight)

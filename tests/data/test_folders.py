@@ -1,0 +1,175 @@
+"""Label images of any kind: numbers, palettes, colors, masks; folders and lists."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.data.trees import columns, make_folders, picture, save_map
+from vitdense.data.base import DataError
+from vitdense.data.folders import FoldersDataset
+from vitdense.testing import check_dataset
+
+ROAD, TREE, GREY = (110, 193, 228), (254, 221, 58), (155, 155, 155)
+
+
+def row(dataset, index: int = 0) -> list[int]:
+    return dataset[index].target.semantic[0, ::8].tolist()
+
+
+def painted(*colors: tuple[int, int, int]) -> np.ndarray:
+    return np.array(colors, dtype=np.uint8)[columns(*range(len(colors)))]
+
+
+def write_classes(root, *entries) -> None:
+    (root / "classes.json").write_text(json.dumps({"classes": list(entries)}))
+
+
+@pytest.mark.parametrize("palette", [False, True])
+def test_numbers_from_zero(tmp_path, palette):
+    root = make_folders(tmp_path, columns(0, 1, 2, 255), palette)
+    (root / "classes.txt").write_text("sky\nroad\ntree\n")
+    dataset = FoldersDataset(root, "train")
+    assert dataset.classes == ["sky", "road", "tree"] and dataset.category_ids == [0, 1, 2]
+    assert row(dataset) == [0, 1, 2, 255] and dataset[1].image_id == "b"
+    check_dataset(FoldersDataset, root, "train")
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_numbers_with_gaps(tmp_path, kind):
+    high = 4000 if kind is np.uint16 else 200
+    root = make_folders(tmp_path, columns(high, 7, 7, 9, kind=kind))
+    write_classes(root, {"id": high, "name": "sky"}, {"id": 7, "name": "road"})
+    dataset = FoldersDataset(root, "train", ignore=[9])
+    assert row(dataset) == [0, 1, 1, 255] and dataset.category_ids == [high, 7]
+    message = r"a\.png: has the label 9, but the classes are labels \d+, 7; name its class in .*js"
+    with pytest.raises(DataError, match=message):
+        FoldersDataset(root, "train")[0]
+
+
+@pytest.mark.parametrize("source", ["json", "list", "csv", "option"])
+def test_colors(tmp_path, source):
+    root = make_folders(tmp_path, painted(ROAD, TREE, GREY, ROAD))
+    options = {"ignore": ["#9b9b9b"]}
+    if source == "csv":
+        (root / "class_dict.csv").write_text("name,r,g,b\nroad,110,193,228\ntree,254, 221, 58\n")
+    elif source == "option":
+        options["colors"] = {"road": "#6ec1e4", "tree": "#FEDD3A"}
+    else:
+        road = "#6EC1E4" if source == "json" else list(ROAD)
+        write_classes(root, {"name": "road", "color": road}, {"name": "tree", "color": list(TREE)})
+    dataset = FoldersDataset(root, "train", **options)
+    assert dataset.classes == ["road", "tree"] and dataset.category_ids == [0, 1]
+    assert row(dataset) == [0, 1, 255, 0]
+    del options["ignore"]
+    message = r"a\.png: has 1 colors of no class, as #9b9b9b in 192 pixels; name its class in"
+    with pytest.raises(DataError, match=message):
+        FoldersDataset(root, "train", **options)[0]
+
+
+def test_colors_of_palettes_and_of_classes_with_both(tmp_path):
+    root = make_folders(tmp_path, columns(0, 1, 0, 1), palette=True)
+    first, second = [0, 37, 74], [111, 148, 185]  # of the palette
+    write_classes(root, {"name": "road", "color": second}, {"name": "tree", "color": first})
+    assert row(FoldersDataset(root, "train")) == [1, 0, 1, 0]
+    write_classes(root, {"name": "road", "color": second, "id": 0}, {"name": "tree", "id": 1})
+    assert row(FoldersDataset(root, "train")) == [0, 1, 0, 1]
+    save_map(root / "labels/train/a.png", painted((111, 148, 185), (111, 148, 185)))
+    assert row(FoldersDataset(root, "train")) == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("high", [1, 255, 65535])
+@pytest.mark.parametrize("names", ["crack\n", "wall\ncrack\n"])
+def test_binary_masks(tmp_path, high, names):
+    kind = np.uint16 if high > 255 else np.uint8
+    root = make_folders(tmp_path, columns(0, high, 0, high, kind=kind))
+    (root / "classes.txt").write_text(names)
+    dataset = FoldersDataset(root, "train", binary=True)
+    assert dataset.classes == (["background", "crack"] if names == "crack\n" else ["wall", "crack"])
+    assert row(dataset) == [0, 1, 0, 1]
+
+
+def test_binary_masks_in_color_and_with_loss(tmp_path):
+    root = make_folders(tmp_path, painted((0, 0, 0), (255, 255, 255)))
+    (root / "classes.txt").write_text("crack\n")
+    mask = Image.open(root / "labels/train/b.png").convert("L")
+    mask.save(root / "labels/train/b.jpg", quality=60)
+    for suffix in (".png", ".jpg"):
+        if suffix == ".jpg":
+            Image.open(root / "labels/train/a.png").save(root / "labels/train/a.jpg", quality=60)
+        dataset = FoldersDataset(root, "train", binary=True, label_suffix=suffix)
+        assert row(dataset, 0) == row(dataset, 1) == [0, 0, 1, 1]
+
+
+def test_masks_that_would_pass_for_ignored_pixels_are_refused(tmp_path):
+    root = make_folders(tmp_path, columns(0, 255))
+    (root / "classes.txt").write_text("background\ncrack\n")
+    with pytest.raises(DataError, match="hold 0 and 255 alone: set binary: true"):
+        FoldersDataset(root, "train")
+    write_classes(root, {"id": 0, "name": "wall"}, {"id": 255, "name": "crack"})
+    assert row(FoldersDataset(root, "train")) == [0, 0, 1, 1]
+
+
+def test_suffixes_and_one_folder_for_all(tmp_path):
+    for name in ("a", "b"):
+        picture(tmp_path / f"train/{name}_sat.jpg")
+        save_map(tmp_path / f"train/{name}_mask.png", columns(0, 1))
+    (tmp_path / "classes.txt").write_text("sky\nroad\n")
+    places = {"images": "{split}", "annotations": "{split}"}
+    dataset = FoldersDataset(
+        tmp_path, "train", image_suffix="_sat.jpg", label_suffix="_mask.png", **places
+    )
+    assert [dataset[k].image_id for k in range(2)] == ["a", "b"] and row(dataset) == [0, 0, 1, 1]
+    with pytest.raises(DataError, match=r"a\.png: no label map .* for a_mask\.png set label_suff"):
+        FoldersDataset(tmp_path, "train", image_suffix="_sat.jpg", **places)
+    with pytest.raises(DataError, match=r"no images that end in '\.webp'"):
+        FoldersDataset(tmp_path, "train", image_suffix=".webp", **places)
+
+
+def test_splits_by_lists(tmp_path):
+    for name in ("a", "b", "c"):
+        picture(tmp_path / f"images/{name}.jpg")
+        save_map(tmp_path / f"masks/{name}.png", columns(0, 1))
+    (tmp_path / "classes.txt").write_text("sky\nroad\n")
+    (tmp_path / "train.txt").write_text("c\na.jpg\n\n")
+    dataset = FoldersDataset(tmp_path, "train")
+    assert [dataset[k].image_id for k in range(len(dataset))] == ["c", "a"]
+    (tmp_path / "val.txt").write_text("d\n")
+    with pytest.raises(DataError, match=r"val\.txt: lists 'd', which is no image in .*images"):
+        FoldersDataset(tmp_path, "val")
+
+
+def test_faults_of_classes_and_options(tmp_path):
+    root = make_folders(tmp_path, columns(0, 3))
+    with pytest.raises(DataError, match=r"no file of class names.*hold the labels 0, 3"):
+        FoldersDataset(root, "train")
+    write_classes(root, {"id": 0, "name": "sky"}, {"name": "road", "color": "#ffffff"})
+    with pytest.raises(DataError, match="some classes have an `id`, some have none"):
+        FoldersDataset(root, "train")
+    write_classes(root, {"id": 3, "name": "sky"}, {"id": 3, "name": "road"})
+    with pytest.raises(DataError, match="gives the label 3 to two classes"):
+        FoldersDataset(root, "train")
+    with pytest.raises(ValueError, match=r"^colors: 'red' is no color"):
+        FoldersDataset(root, "train", colors={"sky": "red"})
+    with pytest.raises(ValueError, match="^binary: masks have no colors"):
+        FoldersDataset(root, "train", colors={"sky": "#ff0000"}, binary=True)
+    (root / "classes.json").write_text(json.dumps(["a", "b", "c"]))
+    with pytest.raises(DataError, match="names 3 classes; binary masks have one or two"):
+        FoldersDataset(root, "train", binary=True)
+    with pytest.raises(DataError, match=r"a\.png: has the label 3, but the classes are labels 0"):
+        FoldersDataset(root, "train")[0]
+
+
+def test_the_same_as_ade20k_on_real_data(shared):
+    from vitdense.data.ade20k import Ade20kDataset
+
+    root = shared / "aerial_dubai"
+    first = Ade20kDataset(root, "validation")
+    second = FoldersDataset(root, "validation", ignore=[0])
+    assert first.classes == second.classes and first.category_ids == second.category_ids
+    assert len(first) == len(second)
+    for index in range(len(first)):
+        assert (first.target(index).semantic == second.target(index).semantic).all()

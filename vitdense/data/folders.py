@@ -1,0 +1,189 @@
+"""Semantic label maps of any kind: numbers, palettes, colors or binary masks, in two folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from pydantic import NonNegativeInt
+
+from vitdense.data.ade20k import LAYOUTS
+from vitdense.data.base import DataError
+from vitdense.data.classes import Entry, check_entries, find_classes, parse_color, read_entries
+from vitdense.data.deep import check_range
+from vitdense.data.images import inside, is_colored, list_images, read_image, read_labels
+from vitdense.data.label_maps import (
+    binary_labels,
+    color_labels,
+    label_table,
+    labels_in,
+    look_up,
+)
+from vitdense.data.layouts import Layout, find_layout
+from vitdense.data.segments import MapDataset, check_maps
+from vitdense.data.voc_file import read_split
+from vitdense.registry import DATASETS
+from vitdense.structures import IGNORE, Target
+
+LISTED = (Layout("labels", "images"), Layout("masks", "images"), Layout("annotations", "images"))
+"""Where the files lie if lists say which belong to a split."""
+
+_LOOKED_AT = 20
+
+
+@DATASETS.register("folders")
+class FoldersDataset(MapDataset):
+    """A folder of images and a folder of label images, each split in its own or by `{split}.txt`.
+
+    What a label image holds is told by the classes: their `id`s, in its pixels or palette places;
+    or their colors, where it has colors; or nothing, with `binary`.
+
+    Raises:
+        DataError: files are missing or wrong.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        split: str,
+        *,
+        classes: str | None = None,  # file of class names under root: .json, .csv or .txt
+        colors: dict[str, str] | None = None,  # color of each class, as {road: "#6ec1e4"}
+        ignore: list[NonNegativeInt | str] | None = None,  # labels or colors of no class
+        binary: bool = False,  # 0 is the first class, or "background"; all else is the other
+        image_suffix: str = "",  # end of the images' names that label images do not share
+        label_suffix: str = ".png",  # what they have in its place, as "_mask.png"
+        annotations: str | None = None,  # the folder of label images, as "masks/{split}"
+        images: str | None = None,  # the folder of images under root, as "photos/{split}"
+        range: tuple[float, float] | None = None,  # values of deep images that become 0 and 255
+    ) -> None:
+        super().__init__(root, split)
+        if binary and colors:
+            raise ValueError("binary: masks have no colors; leave out one of the two options")
+        self.range, self.binary = check_range(range), binary
+        self.image_suffix, self.label_suffix = image_suffix, label_suffix
+        listed = (self.root / f"{split}.txt").is_file()
+        layouts = LISTED if listed else LAYOUTS
+        self.annotations, self.images = find_layout(self.root, split, layouts, annotations, images)
+        self.names = np.array(self._list(read_split(self.root, ".", split) if listed else None))
+        self._check_maps()
+        self._source = "option `colors`" if colors else str(find_classes(self.root, classes))
+        entries = self._entries(classes, colors)
+        self.classes = [entry.name for entry in entries]
+        self._read_ignored(ignore or [])
+        labels = [place if it.label is None else it.label for place, it in enumerate(entries)]
+        self.category_ids = labels
+        self._table = label_table({label: k for k, label in enumerate(labels)}, self._ignored)
+        known = {entry.color: k for k, entry in enumerate(entries) if entry.color is not None}
+        self._colors = known | dict.fromkeys(self._ignored_colors, IGNORE)
+        self._by_color = bool(known) and all(entry.label is None for entry in entries)
+        self._refuse_hidden_masks()
+
+    def target(self, index: int) -> Target:
+        path = inside(self.annotations, self._label_name(str(self.names[index])))
+        colored = is_colored(path)
+        if self.binary:
+            pixels = read_image(path, 3).amax(0).numpy() if colored else read_labels(path)
+            return Target(semantic=binary_labels(pixels))
+        if self._by_color or (colored and self._colors):
+            return Target(semantic=color_labels(path, self._colors, self._source))
+        labels = [str(label) for label in self.category_ids]
+        remedy = (
+            f"but the classes are labels {', '.join(labels[:12])}{', ...' * (len(labels) > 12)}; "
+            f"name its class in {self._source}, or add it to the option `ignore`"
+        )
+        return Target(semantic=look_up(path, read_labels(path), self._table, remedy))
+
+    def image_id(self, index: int) -> str:
+        return self._stem(str(self.names[index]))
+
+    def _stem(self, name: str) -> str:
+        return name.removesuffix(self.image_suffix) if self.image_suffix else Path(name).stem
+
+    def _label_name(self, name: str) -> str:
+        return self._stem(name) + self.label_suffix
+
+    def _list(self, listed: list[str] | None) -> list[str]:
+        """Names of the images: those of the folder, or the listed ones among them."""
+        there = [name for name in list_images(self.images) if name.endswith(self.image_suffix)]
+        if listed is None:
+            if not there:
+                end = f" that end in '{self.image_suffix}'" if self.image_suffix else ""
+                raise DataError(f"{self.images}: no images{end} in this folder")
+            return there
+        stems = {key: name for name in there for key in (self._stem(name), name)}
+        missing = [name for name in listed if name not in stems]
+        if missing:
+            raise DataError(
+                f"{self.root / self.split}.txt: lists '{missing[0]}', which is no image in "
+                f"{self.images} ({len(missing)} of {len(listed)} are missing)"
+            )
+        return [stems[name] for name in listed]
+
+    def _check_maps(self) -> None:
+        there = list_images(self.annotations)
+        maps = {str(name): self._label_name(str(name)) for name in self.names}
+        try:
+            check_maps(self.annotations, set(there), maps)
+        except DataError as error:
+            name = next(name for name, map_ in maps.items() if map_ not in there)
+            stem = self._stem(name)
+            near = [it for it in there if it.startswith(stem) and it != name]
+            if not near:
+                raise
+            suffix = near[0].removeprefix(stem)
+            raise DataError(f"{error}; for {near[0]} set label_suffix: {suffix}") from None
+
+    def _entries(self, name: str | None, colors: dict[str, str] | None) -> list[Entry]:
+        if colors:
+            entries = [Entry(key, None, _color("colors", it)) for key, it in colors.items()]
+            return check_entries(entries, "option `colors`")
+        path = find_classes(self.root, name)
+        if path is None:
+            files = [self.annotations / self._label_name(str(it)) for it in self.names[:_LOOKED_AT]]
+            raise DataError(
+                f"{self.root}: no file of class names; write classes.txt there with one name per "
+                f"line, in the order of the labels from 0, or classes.json with ids or colors "
+                f"({_contents(files)})"
+            )
+        entries = read_entries(path)
+        if self.binary:
+            names = [entry.name for entry in entries]
+            if len(names) > 2:
+                raise DataError(f"{path}: names {len(names)} classes; binary masks have one or two")
+            return [Entry(it) for it in (names if len(names) == 2 else ["background", *names])]
+        with_label = sum(entry.label is not None for entry in entries)
+        if 0 < with_label < len(entries):
+            raise DataError(f"{path}: some classes have an `id`, some have none; give all or none")
+        return entries
+
+    def _read_ignored(self, ignore: list[int | str]) -> None:
+        numbers = [label for label in ignore if isinstance(label, int)]
+        self._ignored = [IGNORE, *numbers]
+        self._ignored_colors = [_color("ignore", it) for it in ignore if isinstance(it, str)]
+
+    def _refuse_hidden_masks(self) -> None:
+        """Binary masks of 0 and 255 would pass for maps of one class and ignored pixels."""
+        if self.binary or self._by_color or len(self.classes) > 2 or IGNORE in self.category_ids:
+            return
+        names = [self._label_name(str(name)) for name in self.names[:_LOOKED_AT]]
+        files = [path for path in (self.annotations / it for it in names) if not is_colored(path)]
+        if set(labels_in(files)) == {0, IGNORE}:
+            raise DataError(
+                f"{self.annotations}: the first {len(files)} label images hold 0 and 255 alone: "
+                "set binary: true for masks, or give a class the id 255"
+            )
+
+
+def _color(option: str, value: str) -> tuple[int, int, int]:
+    try:
+        return parse_color(value)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None
+
+
+def _contents(files: list[Path]) -> str:
+    if any(map(is_colored, files)):
+        return "the label images hold colors"
+    found = ", ".join(map(str, labels_in(files)[:20]))
+    return f"the first {len(files)} label images hold the labels {found}"

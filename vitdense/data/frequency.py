@@ -1,0 +1,88 @@
+"""How often classes occur, from the truth alone: for class weights and for rare classes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from vitdense.data.base import Dataset
+from vitdense.structures import IGNORE, Target
+
+
+def pixels_per_image(dataset: Dataset) -> Tensor:
+    """int64 [images, C]: pixels of each class; ignored ones count nowhere. Reads no images.
+
+    Raises:
+        ValueError: the data set has no label maps.
+        DataError: a file is missing or wrong.
+    """
+    return _collect(dataset, _pixels, "counting pixels")
+
+
+def class_frequencies(dataset: Dataset) -> tuple[Tensor, Tensor]:
+    """Pixels of each class, and labelled pixels of the images that show it, int64 [C] each."""
+    pixels = pixels_per_image(dataset)
+    return pixels.sum(0), (pixels.sum(1, keepdim=True) * (pixels > 0)).sum(0)
+
+
+def repeat_factors(dataset: Dataset, rare: float) -> Tensor:
+    """How often each image should be seen, float64 [images], at least 1.
+
+    An image of a class that only the part f of all images shows counts sqrt(rare / f) times: repeat
+    factor sampling, Gupta et al., "LVIS", arXiv 1908.03195, appendix B.2.
+
+    Args:
+        rare: 0..1, classes that a smaller part of the images shows are rare.
+    """
+    shown = images_with_class(dataset)
+    part = shown.double().mean(0)
+    factors = (rare / part.clamp(min=1e-12)).sqrt().clamp(min=1)
+    return torch.where(shown, factors, 1.0).amax(1)
+
+
+def count_pixels(dataset: Dataset) -> Tensor:
+    """int64 [C]: pixels of each class over all images; see `pixels_per_image`."""
+    return pixels_per_image(dataset).sum(0)
+
+
+def images_with_class(dataset: Dataset) -> Tensor:
+    """bool [images, C]: whether an image shows a class, in its label map or among its objects.
+
+    Crowds do not count: training drops them.
+
+    Raises:
+        DataError: a file is missing or wrong.
+    """
+    return _collect(dataset, _present, "looking for classes")
+
+
+def _collect(dataset: Dataset, row: Callable[[Target, int], Tensor], what: str) -> Tensor:
+    from tqdm import tqdm
+
+    def read(index: int) -> Tensor:
+        return row(dataset.target(index), len(dataset.classes))
+
+    workers = min(8, os.cpu_count() or 1)  # decoding lets other threads run
+    with ThreadPoolExecutor(workers) as pool:
+        rows = pool.map(read, range(len(dataset)))
+        return torch.stack(list(tqdm(rows, what, len(dataset), leave=False, disable=None)))
+
+
+def _pixels(target: Target, classes: int) -> Tensor:
+    if target.semantic is None:
+        raise ValueError("pixels of classes are counted in label maps; this data set has none")
+    return torch.bincount(target.semantic.flatten(), minlength=IGNORE + 1)[:classes]
+
+
+def _present(target: Target, classes: int) -> Tensor:
+    if target.semantic is not None:
+        return _pixels(target, classes) > 0
+    present = torch.zeros(classes, dtype=torch.bool)
+    if target.labels is not None:
+        crowd = torch.zeros_like(target.labels).bool() if target.crowd is None else target.crowd
+        present[target.labels[~crowd]] = True
+    return present

@@ -1,0 +1,95 @@
+"""What all sets of images and label maps share: labels to classes, and their faults."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitdense.data.base import DataError
+from vitdense.data.images import read_image, read_labels
+from vitdense.data.segments import number
+from vitdense.structures import IGNORE
+
+UNKNOWN = -1
+"""In a table of classes: a label that there is not."""
+
+
+def label_table(classes: dict[int, int], ignored: Iterable[int]) -> np.ndarray:
+    """The class of each label, for `look_up`.
+
+    Args:
+        classes: class of each label.
+        ignored: more labels; a label that is also a class is not ignored.
+
+    Returns:
+        int16 [largest label + 2]: 0..C-1, IGNORE or UNKNOWN; the last stands for all above.
+    """
+    ignored = list(ignored)
+    table = np.full(max([IGNORE, *classes, *ignored]) + 2, UNKNOWN, dtype=np.int16)
+    table[ignored] = IGNORE
+    table[list(classes)] = list(classes.values())
+    return table
+
+
+def look_up(path: Path, labels: np.ndarray, table: np.ndarray, remedy: str) -> Tensor:
+    """Classes uint8 [H, W] of the labels of a file.
+
+    Args:
+        labels: whole numbers [H, W].
+        remedy: the end of the message for a label that is not in the table.
+
+    Raises:
+        DataError: there is such a label.
+    """
+    small = labels.dtype == np.uint8 and len(table) > IGNORE
+    places = labels if small else np.clip(labels, -1, len(table) - 1)
+    found = table[places]
+    if (found < 0).any():
+        label = labels[found < 0].max()
+        raise DataError(f"{path}: has the label {label}, {remedy}")
+    return torch.from_numpy(found.astype(np.uint8))
+
+
+def labels_in(paths: list[Path]) -> list[int]:
+    """All labels that some maps hold, to help to write the names of classes."""
+    return sorted({int(label) for path in paths for label in np.unique(read_labels(path))})
+
+
+def binary_labels(pixels: np.ndarray) -> Tensor:
+    """uint8 [H, W], 1 where a mask of 0 and 1, of 8 or of 16 bits is set.
+
+    Above half of the type's range, as lossy files have values near 0 and near the highest.
+    """
+    most = int(pixels.max(initial=0))
+    bound = 0 if most <= 1 else 127 if most < 256 else 32767
+    return torch.from_numpy((pixels > bound).astype(np.uint8))
+
+
+def color_labels(path: Path, classes: dict[tuple[int, int, int], int], source: str) -> Tensor:
+    """Classes uint8 [H, W] of a file's colors.
+
+    Args:
+        classes: class of each color.
+        source: where they are from, for the message.
+
+    Raises:
+        DataError: there is a color of no class.
+    """
+    red, green, blue = read_image(path, 3).to(torch.int32)
+    codes = ((red << 16) + (green << 8) + blue).numpy()
+    known = np.array([(r << 16) + (g << 8) + b for r, g, b in classes], dtype=np.int64)
+    order = np.argsort(known)
+    numbers = number(codes, known[order])
+    if not numbers.all():
+        strange, counts = np.unique(codes[numbers == 0], return_counts=True)
+        raise DataError(
+            f"{path}: has {len(strange)} colors of no class, as #{strange[counts.argmax()]:06x} in "
+            f"{counts.max()} pixels; name its class in {source}, or add it to the option `ignore`"
+            + ("; colors are exact in PNG only" if path.suffix.lower() != ".png" else "")
+        )
+    table = np.array([0, *np.array(list(classes.values()))[order]], dtype=np.uint8)
+    return torch.from_numpy(table[numbers])

@@ -1,0 +1,111 @@
+"""What every head of mask classification shares: its outputs, its loss, its answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vitdense.heads.base import Head
+from vitdense.heads.segmentation.base import classify
+from vitdense.losses.mask_criterion import MaskCriterion
+from vitdense.ops.masks import masks_to_boxes
+from vitdense.ops.panoptic import merge_masks
+from vitdense.ops.restoring import restore_masks
+from vitdense.structures import Frame, Level, Prediction, Size, Target, Task
+
+TASKS: tuple[Task, ...] = ("semantic", "instance", "panoptic")
+"""What masks with classes can answer."""
+
+
+@dataclass(slots=True)
+class MaskOutputs:
+    """Predictions of every layer that is trained, first to last.
+
+    Attributes:
+        logits: float [L, B, Q, C + 1], the last class is "no object".
+        masks: L floats [B, Q, h, w], logits over the canvas; a list, to stack them would copy.
+        canvas: (height, width) in pixels.
+    """
+
+    logits: Tensor
+    masks: list[Tensor]
+    canvas: Size
+
+
+class MaskHead(Head):
+    """Each query is a mask with a class; subclasses write `forward`, which gives `MaskOutputs`.
+
+    One way to train for all tasks; they differ in what a mask is - an object, a segment, all of a
+    class - and in how masks become an answer.
+
+    Args:
+        task: what it answers.
+        criterion: its loss.
+        max_detections: instance: best pairs of query and class kept for each image.
+        score_threshold, overlap_threshold: panoptic: see `merge_masks`.
+
+    Raises:
+        ValueError: the task is none of these.
+    """
+
+    things: Tensor
+
+    def __init__(
+        self,
+        levels: list[Level],
+        num_classes: int,
+        task: Task,
+        criterion: MaskCriterion | None = None,
+        max_detections: int = 100,
+        score_threshold: float = 0.8,
+        overlap_threshold: float = 0.8,
+    ) -> None:
+        super().__init__(levels, num_classes)
+        if task not in TASKS:
+            raise ValueError(f"task: is {task!r}, not one of {', '.join(TASKS)}")
+        self.task = task
+        self.criterion = criterion or MaskCriterion()
+        self.max_detections = max_detections
+        self.score_threshold, self.overlap_threshold = score_threshold, overlap_threshold
+        self.register_buffer("things", torch.ones(num_classes, dtype=torch.bool))
+
+    def loss(self, outputs: MaskOutputs, targets: list[Target]) -> dict[str, Tensor]:
+        """`class`, `mask` and `dice` of the last layer, and `_aux` of earlier ones."""
+        return self.criterion(outputs.logits, outputs.masks, targets, self.task)
+
+    def semantic_logits(self, outputs: MaskOutputs) -> Tensor:
+        """How far each pixel belongs to each class, float [B, C, h, w] in 0..Q over the canvas."""
+        classes = outputs.logits[-1].softmax(-1)[..., :-1]
+        return torch.einsum("bqc,bqhw->bchw", classes, outputs.masks[-1].sigmoid())
+
+    def predict(self, outputs: MaskOutputs, frames: list[Frame]) -> list[Prediction]:
+        """Answers of the last layer, for the head's task."""
+        if self.task == "semantic":
+            pairs = zip(self.semantic_logits(outputs), frames, strict=True)
+            return [Prediction(semantic=classify(logits, frame)) for logits, frame in pairs]
+        answer = self._instances if self.task == "instance" else self._segments
+        triples = zip(outputs.logits[-1].float(), outputs.masks[-1], frames, strict=True)
+        return [answer(*triple) for triple in triples]
+
+    def _instances(self, logits: Tensor, masks: Tensor, frame: Frame) -> Prediction:
+        """The best pairs of query and class whose masks have a pixel, best first."""
+        # a stable sort: topk orders equal scores differently on every device
+        scores, order = logits.softmax(-1)[:, :-1].flatten().sort(descending=True, stable=True)
+        scores, best = scores[: self.max_detections], order[: self.max_detections]
+        found, sureness = restore_masks(masks[best // self.num_classes], frame)
+        scores, order = (scores * sureness).sort(descending=True, stable=True)
+        order = order[: int((scores > 0).sum())]
+        found = found[order]
+        return Prediction(
+            scores=scores[: len(order)],
+            labels=best[order] % self.num_classes,
+            boxes=masks_to_boxes(found),
+            masks=found,
+        )
+
+    def _segments(self, logits: Tensor, masks: Tensor, frame: Frame) -> Prediction:
+        return merge_masks(
+            logits, masks, self.things, frame, self.score_threshold, self.overlap_threshold
+        )

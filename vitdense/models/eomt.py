@@ -1,0 +1,223 @@
+"""EoMT: a plain vision transformer that segments by itself.
+
+"Your ViT is secretly an image segmentation model", Kerssies et al., CVPR 2025, arXiv 2503.19108:
+queries join the tokens before the last blocks, and all classes and masks are read from them. In
+training each query sees only the patches of its mask so far; block after block this is given up
+(section 3.3), so that in evaluation a bare transformer runs.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vitdense.backbones.base import Backbone
+from vitdense.heads.segmentation.eomt_head import EomtHead, attention_bias
+from vitdense.heads.segmentation.mask_head import MaskOutputs
+from vitdense.losses.mask_criterion import MaskCriterion
+from vitdense.models.base import Model
+from vitdense.registry import MODELS, Builder, Fraction
+from vitdense.structures import Frame, Prediction, Size, Target
+
+
+@MODELS.register("eomt")
+class EomtModel(Model):
+    """Queries in the last blocks of a plain ViT of timm, with registers or rotary positions too.
+
+    Raises:
+        ValueError: the backbone is no plain ViT that takes images of any size, or it has options
+            for maps (`windows`, `level_norm`, `class_token`), of which there are none here.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        backbone: Builder[Backbone],  # a plain ViT of timm; all blocks to the last of out_indices
+        task: Literal["semantic", "instance", "panoptic"] = "panoptic",  # what to answer
+        queries: PositiveInt = 200,  # masks that are found in an image at most
+        blocks: PositiveInt = 4,  # last blocks that the queries run through
+        upscale: NonNegativeInt | None = None,  # doublings of the map; by default to stride 4
+        masking: Literal["annealed", "always", "never"] = "annealed",  # they see their masks alone
+        annealing: list[tuple[Fraction, Fraction]] | None = None,  # parts of the run, one a block
+        annealing_power: PositiveFloat = 0.9,  # of the polynomial by which masking fades
+        class_weight: NonNegativeFloat = 2.0,  # of the class in matching and loss
+        mask_weight: NonNegativeFloat = 5.0,  # of the cross-entropy of masks in both
+        dice_weight: NonNegativeFloat = 5.0,  # of the Dice of masks in both
+        background: NonNegativeFloat = 0.1,  # weight of "no object" among the classes
+        mask_points: PositiveInt = 12544,  # of an image, and of each mask, in both
+        max_detections: PositiveInt = 100,  # instance: best ones kept for each image
+        score_threshold: Fraction = 0.8,  # panoptic: queries less sure of their class are left out
+        overlap_threshold: Fraction = 0.8,  # panoptic: and those that win less of their mask
+    ) -> None:
+        super().__init__()
+        self.num_classes, self.task = num_classes, task
+        self.backbone = backbone()
+        self.divisor = open_vit(self.backbone, blocks, queries)
+        self.first = len(self.vit.blocks) - blocks
+        self.head = EomtHead(
+            self.backbone.levels[-1:],
+            num_classes,
+            task,
+            queries,
+            upscale,
+            criterion=MaskCriterion(
+                class_weight=class_weight,
+                mask_weight=mask_weight,
+                dice_weight=dice_weight,
+                background=background,
+                points=mask_points,
+            ),
+            max_detections=max_detections,
+            score_threshold=score_threshold,
+            overlap_threshold=overlap_threshold,
+        )
+        # some families norm behind the pooling, which is cut off
+        width = self.backbone.levels[-1].channels
+        self.norm = nn.Identity() if self.backbone.normed else nn.LayerNorm(width, eps=1e-6)
+        self.masking = masking
+        self.annealing = check_annealing(annealing, blocks)
+        self.annealing_power = annealing_power
+
+    @property
+    def vit(self) -> Any:
+        """timm's model within the backbone."""
+        return self.backbone.model
+
+    def forward(self, images: Tensor, targets: list[Target] | None = None) -> MaskOutputs:
+        """The last answers for uint8 images [B, C, H, W]; in training those before blocks too."""
+        from vitdense.backbones.windows import embed
+
+        grid = images.shape[-2] // self.divisor, images.shape[-1] // self.divisor
+        tokens, rope = embed(self.vit, self.normalize(images))
+        probabilities = self.masking_probabilities()
+        answers = []
+        for index, block in enumerate(self.vit.blocks):
+            bias = None
+            if index == self.first:
+                queries = self.head.queries.weight.expand(len(tokens), -1, -1)
+                tokens = torch.cat((queries, tokens), 1)
+            if index >= self.first:
+                probability = probabilities[index - self.first]
+                if self.training or probability > 0:
+                    answers.append(self._answer(tokens, grid))
+                if probability > 0:
+                    bias = attention_bias(answers[-1].masks[0], grid, tokens, probability)
+            tokens = self._run(block, tokens, rope_of(self.vit, rope, index), bias)
+        answers.append(self._answer(tokens, grid))
+        logits = torch.cat([answer.logits for answer in answers])
+        return MaskOutputs(logits, [answer.masks[0] for answer in answers], answers[-1].canvas)
+
+    def masking_probabilities(self) -> list[float]:
+        """How likely each query is held to its mask in each of the last blocks.
+
+        From 1 to 0 over the block's part of the run as `(1 - t) ** annealing_power`.
+        """
+        if self.masking == "always":
+            return [1.0] * len(self.annealing)
+        if self.masking == "never" or not self.training:
+            return [0.0] * len(self.annealing)
+        return [fade(self.progress, span) ** self.annealing_power for span in self.annealing]
+
+    def loss(self, outputs: MaskOutputs, targets: list[Target]) -> dict[str, Tensor]:
+        """The head's loss terms."""
+        return self.head.loss(outputs, targets)
+
+    def predict(self, outputs: MaskOutputs, frames: list[Frame]) -> list[Prediction]:
+        """The head's answers in original pixels."""
+        return self.head.predict(outputs, frames)
+
+    def semantic_logits(self, outputs: MaskOutputs) -> Tensor:
+        """float [B, C, h, w] over the canvas, for the task "semantic"."""
+        return self.head.semantic_logits(outputs)
+
+    def _answer(self, tokens: Tensor, grid: Size) -> MaskOutputs:
+        """What queries and patches say where they are now."""
+        normed = self.norm(self.vit.norm(tokens))
+        queries = normed[:, : self.head.queries.num_embeddings]
+        patches = normed[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
+        return self.head([queries, patches])
+
+    def _run(
+        self, block: Any, tokens: Tensor, rope: dict[str, Tensor], bias: Tensor | None
+    ) -> Tensor:
+        """One block; its activations are computed again in backward if the backbone says so."""
+        run = partial(block, attn_mask=bias, **rope)
+        if self.vit.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(run, tokens, use_reentrant=False)
+        return run(tokens)
+
+
+def open_vit(backbone: Backbone, blocks: int, queries: int) -> int:
+    """Make the last blocks ready for `queries` more tokens before all others.
+
+    Returns:
+        side of a patch in pixels.
+
+    Raises:
+        ValueError: the backbone is no plain ViT, or none that can be opened.
+    """
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+
+    from vitdense.backbones.timm import TimmBackbone
+
+    name = getattr(backbone, "name", type(backbone).__name__)
+    if (
+        not isinstance(backbone, TimmBackbone)
+        or not isinstance(backbone.model, VisionTransformer | Eva)
+        or backbone.canvas.fixed
+    ):
+        raise ValueError(
+            f"backbone: {name} cannot be opened for queries; plain ViTs of timm that take images "
+            "of any size can: vit_*, flexivit_*, deit*, eva*, with registers or rotary too. For "
+            "others there is `model: pyramid` with `head: mask2former`"
+        )
+    if backbone.windows or backbone.level_norms or backbone.class_token != "drop":
+        raise ValueError(
+            "backbone: eomt reads no maps of it; leave out windows, level_norm and class_token"
+        )
+    if blocks > len(backbone.model.blocks):
+        raise ValueError(f"blocks: {name} has {len(backbone.model.blocks)}, not {blocks}")
+    for block in backbone.model.blocks[-blocks:]:
+        attention: Any = block.attn
+        if hasattr(attention, "num_prefix_tokens"):  # these are not rotated
+            attention.num_prefix_tokens += queries
+    return int(backbone.levels[-1].stride)
+
+
+def rope_of(vit: Any, rope: Tensor | None, index: int) -> dict[str, Tensor]:
+    """Keyword arguments of a block for its rotary positions, if there are any."""
+    if rope is None:
+        return {}
+    return {"rope": rope[index] if getattr(vit, "rope_mixed", False) else rope}
+
+
+def check_annealing(
+    spans: list[tuple[float, float]] | None, blocks: int
+) -> list[tuple[float, float]]:
+    """The part of the run over which masking fades in each block.
+
+    By default one equal part after the other, with one before the first and one behind the last.
+
+    Raises:
+        ValueError: there is not one for each block, or one ends before it starts.
+    """
+    if spans is None:
+        return [((i + 1) / (blocks + 2), (i + 2) / (blocks + 2)) for i in range(blocks)]
+    if len(spans) != blocks or any(start > end for start, end in spans):
+        raise ValueError(f"annealing: {spans} must be {blocks} pairs of start and end, one a block")
+    return spans
+
+
+def fade(progress: float, span: tuple[float, float]) -> float:
+    """1 before the span, 0 behind it, a straight line within."""
+    start, end = span
+    if progress < start:
+        return 1.0
+    return (end - progress) / (end - start) if progress < end else 0.0

@@ -1,0 +1,106 @@
+"""From masks that overlap to one segment per pixel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vitdense.ops.restoring import restored
+from vitdense.structures import Frame, Prediction
+
+
+def merge_masks(
+    classes: Tensor,
+    masks: Tensor,
+    things: Tensor,
+    frame: Frame,
+    score_threshold: float = 0.8,
+    overlap_threshold: float = 0.8,
+    chunk: int | None = None,
+) -> Prediction:
+    """Panoptic segments by the rules of MaskFormer (arXiv 2107.06278, section 3.4).
+
+    Queries that are sure of a class compete for each pixel by score times mask. Those that lose too
+    much of their mask are dropped; stuff of one class becomes one segment.
+
+    Args:
+        classes: float [Q, C + 1], logits; the last class is "no object".
+        masks: float [Q, h, w], logits over the canvas.
+        things: bool [C], classes whose objects stay apart.
+        score_threshold: queries whose probability is not above it are left out.
+        overlap_threshold: queries that win less of their own mask than this are left out.
+        chunk: see `vitdense.ops.rows.chunks`.
+
+    Returns:
+        panoptic, labels and scores; a segment of stuff has the score of its surest query.
+    """
+    scores, labels = classes.softmax(-1).max(-1)
+    scores, order = scores.sort(descending=True, stable=True)
+    labels, masks = labels[order], masks[order]
+    kept = (labels < len(things)) & (scores > score_threshold)
+    scores, labels, masks = scores[kept], labels[kept], masks[kept]
+    if not len(scores):
+        void = torch.zeros(frame.original, dtype=torch.int64, device=masks.device)
+        return Prediction(scores=scores, labels=labels, panoptic=void)
+    contest = _compete(masks, scores, frame, chunk)
+    numbers, segments = _number(contest.kept(overlap_threshold), labels, things)
+    panoptic = torch.where(contest.inside, numbers[contest.winner], 0)
+    return Prediction(scores=scores[segments], labels=labels[segments], panoptic=panoptic)
+
+
+@dataclass(slots=True)
+class _Contest:
+    """Who wins which pixel.
+
+    Attributes:
+        winner: int64 [H, W], the query that wins.
+        inside: bool [H, W], whether the pixel is in the winner's own mask.
+        areas: int64 [K], pixels of each query's mask.
+    """
+
+    winner: Tensor
+    inside: Tensor
+    areas: Tensor
+
+    def kept(self, overlap_threshold: float) -> Tensor:
+        """Queries that keep enough of their mask, bool [K]."""
+        won, left = (self._count(where) for where in (torch.ones_like(self.inside), self.inside))
+        return (left > 0) & (won >= overlap_threshold * self.areas)
+
+    def _count(self, where: Tensor) -> Tensor:
+        """Pixels of each winner, int64 [K]."""
+        counts = torch.zeros_like(self.areas)
+        return counts.scatter_add_(0, self.winner.flatten(), where.flatten().long())
+
+
+def _compete(masks: Tensor, scores: Tensor, frame: Frame, chunk: int | None) -> _Contest:
+    winner = torch.empty(frame.original, dtype=torch.int64, device=masks.device)
+    inside = torch.empty(frame.original, dtype=torch.bool, device=masks.device)
+    areas = torch.zeros(len(masks), dtype=torch.int64, device=masks.device)
+    for rows, part in restored(masks, frame, chunk):
+        own = part >= 0
+        strongest = (part.sigmoid() * scores[:, None, None]).max(0).indices
+        winner[rows] = strongest
+        inside[rows] = own.gather(0, strongest[None])[0]
+        areas += own.view(torch.uint8).sum((1, 2), dtype=torch.int32)  # bools are slow to sum
+    return _Contest(winner, inside, areas)
+
+
+def _number(kept: Tensor, labels: Tensor, things: Tensor) -> tuple[Tensor, Tensor]:
+    """The number in the panoptic map of each query, 0 = none; and the first query of each number.
+
+    int64 [K], [S].
+    """
+    numbers, segments = [], []
+    stuff: dict[int, int] = {}
+    facts = torch.stack([kept.long(), labels, things[labels].long()], dim=1).tolist()
+    for query, (is_kept, label, is_thing) in enumerate(facts):
+        known = 0 if is_thing else stuff.get(label, 0)
+        if is_kept and not known:
+            segments.append(query)
+            known = len(segments)
+            stuff[label] = known
+        numbers.append(known if is_kept else 0)
+    return labels.new_tensor(numbers), labels.new_tensor(segments)

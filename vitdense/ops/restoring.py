@@ -1,0 +1,52 @@
+"""Masks in original pixels, from logits that are resized a few rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from vitdense.ops.rows import chunks, restore_rows
+from vitdense.structures import Frame
+
+
+def restored(
+    maps: Tensor, frame: Frame, chunk: int | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Maps [N, h, w] over the canvas in original pixels: rows, and what float [N, n, W] is there.
+
+    Args:
+        chunk: see `vitdense.ops.rows.chunks`.
+    """
+
+    def read(first: int, last: int) -> Tensor:
+        return maps[:, first:last].float()
+
+    size = (maps.shape[1], maps.shape[2])
+    if len(maps):
+        for first, last in chunks(len(maps), frame, maps.device, chunk):
+            yield slice(first, last), restore_rows(read, size, frame, first, last)
+
+
+def restore_masks(logits: Tensor, frame: Frame, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    """Masks in original pixels, and how sure their pixels are.
+
+    Args:
+        logits: float [N, h, w] over the canvas.
+        chunk: see `vitdense.ops.rows.chunks`.
+
+    Returns:
+        bool [N, H, W], where the logits are above 0; float [N] in 0..1, the mean of their sigmoid
+        there, 0 for an empty mask.
+    """
+    masks = torch.empty(len(logits), *frame.original, dtype=torch.bool, device=logits.device)
+    total = torch.zeros(len(logits), device=logits.device)
+    area = torch.zeros(len(logits), device=logits.device)
+    for rows, part in restored(logits, frame, chunk):
+        inside = part > 0
+        masks[:, rows] = inside
+        counted = inside.float()  # on a CPU bools are slow to multiply and to sum
+        total += (part.sigmoid() * counted).sum((1, 2))
+        area += counted.sum((1, 2))
+    return masks, total / area.clamp(min=1)
