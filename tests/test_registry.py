@@ -93,7 +93,7 @@ def test_unknown_backbone(name: str, message: str) -> None:
 
 
 def test_unknown_neck_lists_the_known() -> None:
-    with pytest.raises(LookupError, match="no neck is called 'qq'. Known: fpn, "):
+    with pytest.raises(LookupError, match="no neck is called 'qq'. Known: feature2pyramid, "):
         NECKS.get("qq")
 
 
