@@ -161,7 +161,7 @@ def plot(contest: Contest, results: list[dict[str, Any]], path: Path) -> None:
     names = sorted({r["data"] for r in results})
     figure, axes = pyplot.subplots(1, len(names), figsize=(6 * len(names), 4), squeeze=False)
     for axis, data in zip(axes[0], names, strict=True):
-        for model in [*contest.ours, *contest.peers]:
+        for index, model in enumerate([*contest.ours, *contest.peers]):
             points = sorted(
                 (r["minutes"], r[number])
                 for r in results
@@ -169,7 +169,7 @@ def plot(contest: Contest, results: list[dict[str, Any]], path: Path) -> None:
             )
             if points:
                 style = "o-" if model in contest.ours else "s--"
-                axis.plot(*zip(*points, strict=True), style, label=model)
+                axis.plot(*zip(*points, strict=True), style, color=f"C{index}", label=model)
         axis.set(title=data, xlabel="minutes of training, one thread", ylabel=number)
         axis.set_ylim(0, None)
         axis.grid(alpha=0.3)

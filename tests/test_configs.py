@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from vitdense import config as configs
+from vitdense.engine.evaluate import check_inference
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -62,8 +63,10 @@ def test_header_has_the_command(file):
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_model_builds_and_answers_the_right_task(file):
+    config = load(file)
     with torch.device("meta"):
-        model = build(load(file))
+        model = build(config)
+    check_inference(config.inference, model)
     assert model.num_classes == 7
     assert model.divisor > 0
     kind = next(kind for kind in (*TASKS, "") if kind in name_of(file))
@@ -80,6 +83,15 @@ def test_forward_runs_on_the_canvas_of_its_transforms(file):
     side = -(-side // model.divisor) * model.divisor
     images = torch.zeros(1, model.in_chans, side, side, dtype=torch.uint8, device="meta")
     assert tensors_of(model(images)), "no outputs"
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "configs/segmentation").glob("*.yaml")), ids=name_of
+)
+def test_plain_vits_inherit_no_options_of_swin(file):
+    options = configs.load(file).model.options["backbone"].options
+    if "swin" not in options["model"]:
+        assert not options["level_norm"] and options["drop_path"] < 0.3
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)

@@ -103,6 +103,7 @@ SMALL: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("shapes", {"task": "panoptic"}),
         ("coco", {}),
         ("coco", {"masks": True}),
+        ("lvis", {"masks": True}),
         ("ade20k", {}),
         ("ade20k_instance", {}),
         ("coco_panoptic", {}),
@@ -122,6 +123,11 @@ SMALL: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "metric": [
         ("coco", {}),
         ("coco", {"iou_type": "segm"}),
+        ("coco", {"iou_type": "boundary"}),
+        ("voc", {}),
+        ("voc", {"points": 11, "inclusive": True}),
+        ("lvis", {}),
+        ("lvis", {"iou_type": "segm"}),
         ("miou", {}),
         ("miou", {"absent": "zero"}),
         ("panoptic", {}),
@@ -195,6 +201,7 @@ def roots(tmp_path_factory):
         "ade20k_instance": trees.make_ade_instance,
         "coco_panoptic": trees.make_panoptic,
         "cityscapes": trees.make_cityscapes,
+        "lvis": trees.make_lvis,
         "voc": trees.make_voc,
     }
     made = {name: make(tmp_path_factory.mktemp(name)) for name, make in makers.items()}

@@ -121,6 +121,8 @@ class Target(_Record):
         crowd: bool [N], regions that evaluation ignores.
         area: float32 [N], pixels of the annotated region, for COCO's size ranges.
         image_labels: bool [K], which of the data set's image classes hold for the whole image.
+        judged: bool [C], classes of which it is known what the image holds; None = all.
+        partial: bool [C], classes of which not all objects are annotated; None = none.
     """
 
     labels: Tensor | None = None
@@ -130,6 +132,8 @@ class Target(_Record):
     crowd: Tensor | None = None
     area: Tensor | None = None
     image_labels: Tensor | None = None
+    judged: Tensor | None = None
+    partial: Tensor | None = None
 
 
 @dataclass(slots=True)

@@ -140,3 +140,36 @@ def make_folders(root: Path, labels: np.ndarray, palette: bool = False) -> Path:
         picture(root / f"images/train/{name}.jpg")
         save_map(root / f"labels/train/{name}.png", labels, palette)
     return root
+
+
+def make_lvis(root: Path) -> Path:
+    """Two images: one holds a cat and surely no dog, of the other's birds not all are annotated."""
+    folders = {4: "train2017", 9: "val2017"}
+    for key, folder in folders.items():
+        picture(root / "images" / folder / f"{key:012}.jpg", key)
+    square = [2, 3, 22, 3, 22, 13, 2, 13]
+    content = {
+        "images": [
+            {
+                "id": key,
+                "coco_url": f"http://images.cocodataset.org/{folder}/{key:012}.jpg",
+                "height": SIZE[0],
+                "width": SIZE[1],
+                "neg_category_ids": [8] if key == 4 else [],
+                "not_exhaustive_category_ids": [] if key == 4 else [11],
+            }
+            for key, folder in folders.items()
+        ],
+        "annotations": [
+            {"id": key, "image_id": key, "category_id": kind, "bbox": [2, 3, 20, 10], "area": 200,
+             "segmentation": [square]}
+            for key, kind in ((4, 5), (9, 11))
+        ],
+        "categories": [
+            {"id": key, "name": name, "frequency": frequency}
+            for key, name, frequency in ((11, "bird", "f"), (5, "cat", "r"), (8, "dog", "c"))
+        ],
+    }  # fmt: skip
+    (root / "annotations").mkdir(parents=True)
+    (root / "annotations" / "lvis_v1_train.json").write_text(json.dumps(content))
+    return root

@@ -17,9 +17,10 @@ from vitdense.engine.evaluate import answer, check_inference, place
 from vitdense.engine.views import make_views, mean_scores
 from vitdense.engine.windows import Mosaic, window_places, window_starts, window_weights
 from vitdense.heads.segmentation.base import classify
+from vitdense.heads.segmentation.mask_head import MaskHead, MaskOutputs
 from vitdense.models.base import Model
 from vitdense.ops import rows
-from vitdense.structures import Batch, Frame, Prediction, Sample, Size, Target
+from vitdense.structures import Batch, Frame, Level, Prediction, Sample, Size, Target
 
 CPU = torch.device("cpu")
 BLENDS = st.sampled_from(["flat", "gaussian", "center"])
@@ -368,3 +369,20 @@ def test_confidence_is_the_probability_of_the_answer(flip: bool) -> None:
         probability, label = scores.softmax(0).max(0)
         assert torch.equal(prediction.semantic, label)  # of single pixels: mirroring is nothing
         assert torch.allclose(prediction.confidence, probability, atol=1e-6)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_scores_of_masks_are_no_logits(flip: bool) -> None:
+    sure = MaskHead([Level(3, 8)], 150, "semantic")
+    classes = torch.full((1, 1, 150, 151), -9.0)
+    classes[..., :150].diagonal(dim1=-2, dim2=-1).fill_(9.0)
+    masks = torch.full((1, 150, 3, 5), -9.0)
+    masks[:, 7] = 9.0
+    model, batch = make_model(divisor=8), make_batch([(21, 40)], 8)
+    scores = sure.semantic_logits(MaskOutputs(classes, [masks], (24, 40)))
+    model.semantic_logits = lambda outputs: scores  # type: ignore[method-assign]
+    model.probabilities = sure.probabilities  # type: ignore[method-assign]
+    (found,) = answer(model, batch, torch.float32, Inference(flip=flip), confidence=True)
+    assert found.semantic.eq(7).all()
+    assert torch.allclose(found.confidence, (scores[0, 7] / scores[0].sum(0))[0, 0])
+    assert found.confidence.min() > 0.9

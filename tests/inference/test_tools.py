@@ -17,6 +17,7 @@ from vitdense.config import ConfigError
 from vitdense.data.base import DataError
 from vitdense.engine.checkpoint import CheckpointError, read_meta
 from vitdense.inference.report import table, to_json
+from vitdense.inference.score import score
 from vitdense.inference.tools import evaluate, predict
 
 
@@ -34,7 +35,7 @@ def test_detections(detector, coco_root, photos, tmp_path):
     assert {result["category_id"] for result in results} <= {3, 7}
     expected = vitdense.load(detector, device="cpu")(photos / "photo_1.png")
     found = [result for result in results if result["image_id"] == 101]
-    assert len(found) == (expected.scores >= 1e-3).sum()
+    assert len(found) == len(expected.scores)
     x1, y1, x2, y2 = expected.boxes[0].tolist()
     assert found[0]["bbox"] == pytest.approx([x1, y1, x2 - x1, y2 - y1], abs=1e-3)
     assert found[0]["score"] == pytest.approx(expected.scores[0].item(), abs=1e-5)
@@ -45,14 +46,19 @@ def test_written_detections_score_as_evaluation_does(detector, coco_root, photos
     from pycocotools.cocoeval import COCOeval
 
     predict(detector, [photos], tmp_path, device="cpu")
-    truth = COCO(str(coco_root / "annotations" / "instances_val.json"))
+    file = coco_root / "annotations" / "instances_val.json"
+    truth = COCO(str(file))
     judge = COCOeval(truth, truth.loadRes(str(tmp_path / "predictions.json")), "bbox")
     judge.evaluate()
     judge.accumulate()
     judge.summarize()
     numbers = evaluate(detector, overrides=["device=cpu"])
-    assert numbers["AR100"] == pytest.approx(judge.stats[8], abs=1e-3)
-    assert numbers["AP"] == pytest.approx(judge.stats[0], abs=1e-3)
+    assert numbers["AR100"] == pytest.approx(judge.stats[8], abs=1e-12)
+    assert numbers["AP"] == pytest.approx(judge.stats[0], abs=1e-12)
+    rescored = score("bbox", file, tmp_path / "predictions.json")
+    assert {name: rescored[name] for name in ("AP", "AR100")} == pytest.approx(
+        {name: numbers[name] for name in ("AP", "AR100")}, abs=1e-12
+    )
 
 
 def test_label_maps_have_the_labels_of_the_data_set(segmenter, photos, tmp_path):

@@ -164,7 +164,7 @@ def compare(seed: int, backend: str = "device") -> None:
     curves = ours(data.truth, data.results, kind, rules, backend)
     assert_equal(curves, theirs)
     if rules == Rules():
-        numbers = list(summarize(curves, [], 100).values())
+        numbers = list(summarize(curves, [], rules.limits).values())
         expected = np.where(theirs.stats == -1, np.nan, theirs.stats)
         np.testing.assert_allclose(numbers, expected, atol=1e-12)
 

@@ -19,6 +19,8 @@ class Dataset:
         classes: names, in the order of the labels 0..C-1.
         category_ids: the files' own id of each class, for writing results in their format.
         things: whether each class is counted in objects, as opposed to stuff; None = all are.
+        frequencies: whether each class is rare, common or frequent, "r", "c" or "f", where it is
+            told; metrics group classes by it.
         image_classes: names of the labels of whole images; none unless it has such.
         channels: channels to decode images to; the engine sets it to what the model takes.
         range: values of images deeper than 8 bits that become 0 and 255; None = their type's.
@@ -27,6 +29,7 @@ class Dataset:
     classes: list[str]
     category_ids: list[int]
     things: list[bool] | None = None
+    frequencies: list[str] | None = None
     image_classes: Sequence[str] = ()
     channels: int = 3
     range: tuple[float, float] | None = None

@@ -34,6 +34,10 @@ class CocoDataset(Dataset):
         DataError: files are missing or wrong.
     """
 
+    layouts = LAYOUTS
+    reader = CocoFile
+    _file: CocoFile
+
     def __init__(
         self,
         root: Path,
@@ -46,9 +50,9 @@ class CocoDataset(Dataset):
     ) -> None:
         super().__init__(root, split)
         self.masks, self.range = masks, check_range(range)
-        layout = find_layout(self.root, split, LAYOUTS, annotations, images)
+        layout = find_layout(self.root, split, self.layouts, annotations, images)
         self.annotations, self.images = layout
-        self._file = CocoFile(self.annotations, self.images, masks)
+        self._file = self.reader(self.annotations, self.images, masks)
         self.classes = self._file.classes
         self.category_ids = self._file.category_ids
 

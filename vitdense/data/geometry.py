@@ -126,7 +126,7 @@ class Movement:
 def select(target: Target, keep: Tensor) -> Target:
     """The target with some of its objects; what belongs to pixels or to the image stays."""
     values = {f.name: getattr(target, f.name) for f in fields(target)}
-    others = ("semantic", "image_labels")
+    others = ("semantic", "image_labels", "judged", "partial")
     per_object = {name: value for name, value in values.items() if name not in others}
     return replace(target, **{k: v[keep] for k, v in per_object.items() if v is not None})
 

@@ -152,17 +152,23 @@ def build_metric(
     classes: list[str],
     things: list[bool] | None = None,
     image_classes: Sequence[str] = (),
+    frequencies: list[str] | None = None,
 ) -> Metric:
     """The config's metric, or the one for the model's task; that of image labels beside it.
+
+    Args:
+        things, frequencies: the data set's.
 
     Raises:
         ValueError: there is none for the task.
     """
     if image_classes:
-        pixels = build_metric(config, task, classes, things)
+        pixels = build_metric(config, task, classes, things, frequencies=frequencies)
         return Several([pixels, ImageLabels(list(image_classes))])
     if config.metric is not None:
-        return config.metric(classes)
+        metric: Metric = config.metric(classes)
+        metric.frequencies = frequencies
+        return metric
     if task not in METRIC_OF:
         raise ValueError(f"metric: none is built in for the task {task!r}; name one in the config")
     name, given = METRIC_OF[task]

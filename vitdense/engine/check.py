@@ -45,7 +45,10 @@ def check(config: Config) -> str:
     build.weigh_classes(model, data.train)
     model.to(where.device)
     labels = build.labels_of(model, data.train)
-    metric = build.build_metric(config, model.task, data.train.classes, data.train.things, labels)
+    train = data.train
+    metric = build.build_metric(
+        config, model.task, train.classes, train.things, labels, train.frequencies
+    )
     rows = [*describe_data(config, data), *describe_model(model)]
     rows += [
         ("start" if i == 0 else "", row) for i, row in enumerate(str(started or "").splitlines())

@@ -97,8 +97,8 @@ def answer(
             glances.add(model.image_logits(outputs))
         return model.semantic_logits(outputs).float()
 
-    settings = (inference, model.divisor, device)
-    return segment(compute, batch.images, batch.frames, *settings, advance, glances, confidence)
+    inputs = (compute, batch.images, batch.frames, inference, model.divisor, device)
+    return segment(*inputs, advance, glances, confidence, model.probabilities)
 
 
 def place(batch: Batch, device: torch.device, inference: Inference = WHOLE) -> Batch:

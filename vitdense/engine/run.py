@@ -66,6 +66,7 @@ class Run:
             self.data.train.classes,
             self.data.train.things,
             build.labels_of(self.model, self.data.train),
+            self.data.train.frequencies,
         )
         # before wrapping, because it freezes what does not learn
         self.optimizer = build_optimizer(self.model, **dict(config.optimizer))

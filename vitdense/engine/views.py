@@ -15,6 +15,12 @@ from vitdense.engine.windows import Compute, Mosaic, count_windows
 from vitdense.ops.rows import chunks, restore_rows, rows_at_once, rows_needed
 from vitdense.structures import Frame, Prediction, Size
 
+Probabilities = Callable[[Tensor], Tensor]
+"""Scores of classes [K, n, W] -> their probabilities."""
+
+SOFTMAX = partial(torch.softmax, dim=0)
+"""That of logits."""
+
 Advance = Callable[[float], object]
 """Is told of each part of the work that is done; all parts together are 1."""
 
@@ -29,11 +35,12 @@ def segment(
     advance: Advance | None = None,
     glances: Glances | None = None,
     confidence: bool = False,
+    probabilities: Probabilities = SOFTMAX,
 ) -> list[Prediction]:
     """The most likely class of each original pixel.
 
-    Scores of windows are averaged as they are; those of mirrored and scaled images after a softmax
-    at original size. At no time are there scores of a whole large image.
+    Scores of windows are averaged as they are; those of mirrored and scaled images as
+    probabilities at original size. At no time are there scores of a whole large image.
 
     Args:
         images: [B, C, H, W] on one canvas, on any device.
@@ -42,6 +49,7 @@ def segment(
         device: of the scores.
         glances: holds what `compute` notes of whole images, if it does.
         confidence: also answer the probability of the class of each pixel.
+        probabilities: what the scores mean; by default they are logits.
     """
     # Only images that fit into one batch of windows are computed together.
     together = max(1, settings.batch_size // count_windows(settings, frames[0].canvas, divisor))
@@ -53,11 +61,11 @@ def segment(
             labels = torch.empty(frame.original, dtype=torch.long, device=device)
             sure = torch.empty(frame.original, device=device) if confidence else None
             for first, last in chunks(views[0].mosaic.classes, frame, device):
-                scores = mean_scores(views, index, first, last)
-                best, labels[first:last] = scores.max(dim=0)
+                scores = mean_scores(views, index, first, last, probabilities)
+                labels[first:last] = scores.max(dim=0).indices
                 if sure is not None:  # the scores of one view are no probabilities yet
-                    one = len(views) == 1
-                    sure[first:last] = (best - scores.logsumexp(0)).exp() if one else best
+                    scores = probabilities(scores) if len(views) == 1 else scores
+                    sure[first:last] = scores.amax(0)
                 if advance is not None:
                     advance((last - first) / frame.original[0] / len(images))
             predictions.append(Prediction(semantic=labels, confidence=sure))
@@ -68,13 +76,19 @@ def segment(
     return predictions
 
 
-def mean_scores(views: Sequence[View], index: int, first: int, last: int) -> Tensor:
+def mean_scores(
+    views: Sequence[View],
+    index: int,
+    first: int,
+    last: int,
+    probabilities: Probabilities = SOFTMAX,
+) -> Tensor:
     """Rows of scores at original size, float [K, last - first, W]: probabilities if of many."""
     if len(views) == 1:
         return views[0].rows(index, first, last)
-    total = views[0].rows(index, first, last).softmax(dim=0)
+    total = probabilities(views[0].rows(index, first, last))
     for view in views[1:]:
-        total += view.rows(index, first, last).softmax(dim=0)
+        total += probabilities(view.rows(index, first, last))
     return total / len(views)
 
 

@@ -52,6 +52,10 @@ class Head(nn.Module):
         """
         raise NotImplementedError
 
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """What `semantic_logits` of one image, float [C, h, w], say of each class, 0..1."""
+        return scores.softmax(0)
+
     def canvas(self, features: list[Tensor]) -> Size:
         """Size of the canvas in pixels that the features cover."""
         height, width = features[0].shape[-2:]

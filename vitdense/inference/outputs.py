@@ -13,9 +13,6 @@ from vitdense.inference.files import ImageFile
 from vitdense.inference.predictor import Predictor
 from vitdense.structures import Prediction, Task
 
-MIN_SCORE = 1e-3
-"""Detections below it are left out of `predictions.json`."""
-
 
 class Writer(Protocol):
     """Writes the predictions of many images."""
@@ -136,8 +133,6 @@ def coco_results(
     assert prediction.scores is not None and prediction.labels is not None
     results = []
     for index, score in enumerate(prediction.scores.tolist()):
-        if score < MIN_SCORE:
-            break  # they descend
         result: dict[str, Any] = {
             "image_id": image_id,
             "category_id": category_ids[int(prediction.labels[index])],

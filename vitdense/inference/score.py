@@ -16,7 +16,7 @@ from vitdense.inference.report import table, to_json
 from vitdense.metrics import coco_files, panoptic_files
 from vitdense.metrics.backends import Backend
 from vitdense.metrics.backends import score as score_objects
-from vitdense.metrics.coco import summarize
+from vitdense.metrics.coco import limits_to, summarize
 from vitdense.metrics.matching import Rules
 from vitdense.metrics.miou import MeanIoU
 from vitdense.structures import IGNORE, Batch, Frame, Prediction, Target
@@ -75,9 +75,9 @@ def score_detections(
         raise ValueError("max_detections: must be above 10, beside which AR1 and AR10 stand")
     truth = coco_files.read_truth(truth_path, kind)
     found = coco_files.read_results(results_path, truth, kind)
-    rules = Rules(limits=(1, 10, max_detections))
+    rules = Rules(limits=limits_to(max_detections))
     curves = score_objects(truth.objects, found, len(truth.classes), rules, backend)
-    return summarize(curves, truth.classes, max_detections)
+    return summarize(curves, truth.classes, rules.limits)
 
 
 def score_label_maps(

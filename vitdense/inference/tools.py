@@ -124,7 +124,9 @@ def evaluate(
     data = build.Data(train=dataset, val=dataset, policy=source.transforms())
     loader = build.evaluation_loader(config, data, model, place)
     labels = build.labels_of(model, dataset)
-    metric = build.build_metric(config, model.task, meta.classes, dataset.things, labels)
+    metric = build.build_metric(
+        config, model.task, meta.classes, dataset.things, labels, dataset.frequencies
+    )
     precision = runtime.choose_precision(config.train.precision, place.device)
     start = time.perf_counter()
     with tqdm(total=loader.images, unit="image", disable=None if place.is_main else True) as bar:

@@ -15,10 +15,12 @@ class Metric:
     Attributes:
         headline: the key of `compute` by which the best model is chosen; higher is better.
         confidence: whether it reads `Prediction.confidence`, which takes a softmax.
+        frequencies: of each class, as in `Dataset`; None if the data set tells none.
     """
 
     headline: ClassVar[str]
     confidence: bool = False
+    frequencies: list[str] | None = None
 
     def __init__(self, classes: list[str]) -> None:
         self.classes = classes

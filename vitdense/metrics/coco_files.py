@@ -123,7 +123,7 @@ def to_objects(
         boxes=boxes,
         areas=torch.where(areas.isnan(), measured, areas),
         scores=_column(entry["score"] if are_results else 1.0 for entry in entries),
-        crowd=torch.tensor([bool(entry.get("iscrowd")) for entry in entries]).bool(),
+        crowd=torch.tensor([not are_results and bool(e.get("iscrowd")) for e in entries]).bool(),
         rows=torch.arange(len(entries)),
         masks=masks,
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vitdense.metrics.objects import Objects
 from vitdense.metrics.overlaps import MaskOverlaps, box_overlaps
-from vitdense.ops.run_length import chunks, spread
+from vitdense.ops.run_length import RunLengths, chunks, spread
 
 IOU_THRESHOLDS = (*(0.5 + step * ((0.95 - 0.5) / 9) for step in range(9)), 0.95)
 """0.5, 0.55, ..., 0.95, to the bit as numpy's linspace gives them to pycocotools."""
@@ -67,9 +67,9 @@ class Matches:
 
 
 def match(truth: Objects, detections: Objects, classes: int, rules: Rules) -> Matches:
-    """Match detections to truth; by masks if the objects have them.
+    """Match detections to truth; by masks if the objects have them, and then by bands too.
 
-    Detections of equal score keep their order, and of truths that overlap a detection equally it
+    With both, the smaller overlap counts. Detections of equal score keep their order, and of truths that overlap a detection equally it
     takes the last, as in pycocotools. Memory is bounded but for a few numbers per object.
     """
     truth, detections = _in_groups(truth, rules), _in_groups(detections, rules)
@@ -81,7 +81,7 @@ def match(truth: Objects, detections: Objects, classes: int, rules: Rules) -> Ma
     group = detections.images * classes + detections.labels
     pairs = _pairs(truth, owner, detections, group, rules.thresholds[0])
     matched, ignored = _play(pairs, owner, truth.crowd, regular, len(detections), rules)
-    outside = _bits(_out_of_range(detections.areas, rules), rules)
+    outside = _out_of_range(detections.areas, rules) | detections.crowd[:, None]
     positives = torch.zeros(classes, len(rules.areas), dtype=torch.int64, device=ranks.device)
     return Matches(
         images=detections.images,
@@ -89,7 +89,7 @@ def match(truth: Objects, detections: Objects, classes: int, rules: Rules) -> Ma
         ranks=ranks,
         scores=detections.scores,
         matched=matched,
-        ignored=ignored | (~matched & outside),
+        ignored=ignored | (~matched & _bits(outside, rules)),
         positives=positives.index_add_(0, truth.labels, counts.long()),
     )
 
@@ -143,9 +143,8 @@ def _pairs(
     sizes = torch.searchsorted(owner, group, right=True) - first
     busy = (sizes > 0).nonzero()[:, 0]
     first, sizes = first[busy], sizes[busy]
-    by_mask = None
-    if truth.masks is not None and detections.masks is not None:
-        by_mask = MaskOverlaps(detections.masks, truth.masks, lowest)
+    by_mask = _by_runs(detections.masks, truth.masks, lowest)
+    by_band = _by_runs(detections.bands, truth.bands, lowest)
     found = [(busy[:0], busy[:0], detections.scores[:0])]
     for part in chunks(sizes, MOST_PAIRS):
         one = busy[part].repeat_interleave(sizes[part])
@@ -156,8 +155,22 @@ def _pairs(
         else:
             overlap = box_overlaps(detections.boxes[one], truth.boxes[other], crowd)
         near = (overlap >= lowest).nonzero()[:, 0]
-        found.append((one[near], other[near], overlap[near]))
+        one, other, overlap = one[near], other[near], overlap[near]
+        if by_band:
+            bands = by_band(detections.rows[one], truth.rows[other], crowd[near])
+            overlap = overlap.minimum(bands)
+            near = (overlap >= lowest).nonzero()[:, 0]
+            one, other, overlap = one[near], other[near], overlap[near]
+        found.append((one, other, overlap))
     return _Pairs(*(torch.cat(column) for column in zip(*found, strict=True)))
+
+
+def _by_runs(
+    detections: RunLengths | None, truth: RunLengths | None, lowest: float
+) -> MaskOverlaps | None:
+    if detections is None or truth is None:
+        return None
+    return MaskOverlaps(detections, truth, lowest)
 
 
 def _play(

@@ -22,9 +22,11 @@ class Objects:
         boxes: float64 [N, 4], x, y, width and height in original pixels, as in COCO's files.
         areas: float64 [N], square pixels, chooses the area range.
         scores: float64 [N]; of truth 1.
-        crowd: bool [N], regions that are ignored; of detections False.
-        rows: int64 [N], which of `masks` is the object's.
+        crowd: bool [N], regions that are ignored; of detections, those that are not wrong if no
+            truth takes them.
+        rows: int64 [N], which of `masks` and of `bands` is the object's.
         masks: the masks where they are compared; they stay where they are when objects are sorted.
+        bands: the pixels near their outlines, where those are compared too.
     """
 
     images: Tensor
@@ -35,6 +37,7 @@ class Objects:
     crowd: Tensor
     rows: Tensor
     masks: RunLengths | None = None
+    bands: RunLengths | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -46,10 +49,14 @@ class Objects:
     def to(self, device: torch.device | str) -> Objects:
         """The same on a device."""
         moved = {name: getattr(self, name).to(device) for name in _TENSORS}
-        return replace(self, **moved, masks=self.masks and self.masks.to(device))
+        for name in _RUNS:
+            runs: RunLengths | None = getattr(self, name)
+            moved[name] = None if runs is None else runs.to(device)
+        return replace(self, **moved)
 
 
 _TENSORS = ("images", "labels", "boxes", "areas", "scores", "crowd", "rows")
+_RUNS = ("masks", "bands")
 
 
 def join(parts: Sequence[Objects]) -> Objects:
@@ -57,17 +64,25 @@ def join(parts: Sequence[Objects]) -> Objects:
     if not parts:
         return empty()
     columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS}
-    masks = [part.masks for part in parts if part.masks is not None]
-    if len(masks) < len(parts):
-        return replace(parts[0], **columns, masks=None)
-    sizes = torch.tensor([len(its) for its in masks]).cumsum(0).tolist()
-    rows = [part.rows + before for part, before in zip(parts, [0, *sizes], strict=False)]
-    columns["rows"] = torch.cat(rows)
-    return replace(parts[0], **columns, masks=run_length.join(masks))
+    runs = {name: _join_runs([getattr(part, name) for part in parts]) for name in _RUNS}
+    if runs["masks"] is not None:
+        sizes = [0 if part.masks is None else len(part.masks) for part in parts]
+        before = torch.tensor([0, *sizes]).cumsum(0).tolist()
+        rows = [part.rows + first for part, first in zip(parts, before, strict=False)]
+        columns["rows"] = torch.cat(rows)
+    return replace(parts[0], **columns, **runs)
+
+
+def _join_runs(parts: list[RunLengths | None]) -> RunLengths | None:
+    """All masks of several, or None if any has none."""
+    there = [part for part in parts if part is not None]
+    return run_length.join(there) if len(there) == len(parts) else None
 
 
 def empty() -> Objects:
     """No objects."""
     none, whole = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
     masks = RunLengths(whole.int(), whole.new_zeros(1), whole.reshape(0, 2))
-    return Objects(whole, whole, none.reshape(0, 4), none, none, none.bool(), whole, masks)
+    return Objects(
+        whole, whole, none.reshape(0, 4), none, none, none.bool(), whole, masks, bands=masks
+    )

@@ -71,6 +71,10 @@ class Model(nn.Module):
         """Scores of each class, float [B, C, h, w] over the canvas, if the task is semantic."""
         raise NotImplementedError
 
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """What `semantic_logits` of one image, float [C, h, w], say of each class, 0..1."""
+        return scores.softmax(0)
+
     def image_logits(self, outputs: Any) -> Tensor:
         """Scores of each image class before the sigmoid, float [B, K], if there are any."""
         raise NotImplementedError

@@ -136,6 +136,10 @@ class EomtModel(Model):
         """float [B, C, h, w] over the canvas, for the task "semantic"."""
         return self.head.semantic_logits(outputs)
 
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """As the head understands its scores."""
+        return self.head.probabilities(scores)
+
     def _answer(self, tokens: Tensor, grid: Size) -> MaskOutputs:
         """What queries and patches say where they are now."""
         normed = self.norm(self.vit.norm(tokens))

@@ -107,6 +107,10 @@ class PyramidModel(Model):
         """The head's scores of each class."""
         return self.head.semantic_logits(outputs if self.image_head is None else outputs.pixels)
 
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """As the head understands its scores."""
+        return self.head.probabilities(scores)
+
     def image_logits(self, outputs: ImageOutputs) -> Tensor:
         """The image head's scores."""
         return outputs.image

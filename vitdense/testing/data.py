@@ -188,6 +188,12 @@ def _check_target(where: str, target: Target, size: Size, num_classes: int) -> N
             int(target.labels.min()) >= 0 and int(target.labels.max()) < num_classes,
             f"{where}: target.labels must lie in 0..{num_classes - 1}; map the file's ids",
         )
+    for key in ("judged", "partial"):
+        flags = getattr(target, key)
+        require(
+            flags is None or (flags.dtype == torch.bool and tuple(flags.shape) == (num_classes,)),
+            f"{where}: target.{key} must be bool {(num_classes,)}, a flag of each class",
+        )
     labels = target.image_labels
     require(
         labels is None or (labels.dtype == torch.bool and labels.ndim == 1),

@@ -80,6 +80,10 @@ class MaskHead(Head):
         classes = outputs.logits[-1].softmax(-1)[..., :-1]
         return torch.einsum("bqc,bqhw->bchw", classes, outputs.masks[-1].sigmoid())
 
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """The share of each class: the scores are sums of probabilities already, no logits."""
+        return scores / scores.sum(0).clamp(min=1e-6)
+
     def predict(self, outputs: MaskOutputs, frames: list[Frame]) -> list[Prediction]:
         """Answers of the last layer, for the head's task."""
         if self.task == "semantic":
