@@ -456,6 +456,11 @@ class TwiceNamed(Memory):
     classes = ["a", "a"]
 
 
+class RawLabels(Memory):
+    def labels(self, index):
+        return torch.tensor([1, 0])
+
+
 class OpenFile(Memory):
     def __init__(self, root, split):
         super().__init__(root, split)
@@ -479,6 +484,7 @@ def test_sound_dataset():
         (BareLabels, r"semantic must lie in 0\.\.1"),
         (MissingId, "1 ids for 2 classes"),
         (TwiceNamed, "names a class twice"),
+        (RawLabels, r"labels\(0\) is \[1, 0\], and the truth shows \[0, 1\]"),
         (OpenFile, "cannot be pickled"),
     ],
 )

@@ -96,6 +96,9 @@ def score(args: argparse.Namespace) -> None:
         backend=args.backend,
         max_detections=args.max_detections,
         classes=args.classes,
+        first_label=args.first_label,
+        ignore=args.ignore,
+        binary=args.binary,
         absent=args.absent,
         json_path=args.json,
     )
@@ -236,6 +239,12 @@ def _score_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--max-detections", type=int, default=100, metavar="N", help=text)
     text = "class names of label maps; by default classes.json or .txt beside them or above"
     command.add_argument("--classes", type=Path, metavar="FILE", help=text)
+    text = "label of the first class where that file tells no labels; 1 = 0 is ignored (default 1)"
+    command.add_argument("--first-label", type=int, choices=(0, 1), default=1, help=text)
+    text = "labels of the true maps that count nowhere, beside 255, and 0 if it is no class"
+    command.add_argument("--ignore", type=int, nargs="+", default=[], metavar="LABEL", help=text)
+    text = "the maps are masks: above 0, in .jpg and .webp above 127, is the second class"
+    command.add_argument("--binary", action="store_true", help=text)
     text = "classes of label maps without pixels: leave out, or count as 0 (default %(default)s)"
     command.add_argument("--absent", choices=("skip", "zero"), default="skip", help=text)
     command.add_argument("--json", type=Path, metavar="OUT", help="write the numbers to this file")

@@ -104,6 +104,18 @@ def test_binary_masks_in_color_and_with_loss(tmp_path):
         assert row(dataset, 0) == row(dataset, 1) == [0, 0, 1, 1]
 
 
+def test_binary_masks_are_read_file_by_file_by_one_rule(tmp_path):
+    root = make_folders(tmp_path, columns(0, 100))  # b.png is like that too
+    (root / "classes.txt").write_text("crack\n")
+    save_map(root / "labels/train/b.png", columns(0, 3000, kind=np.uint16))
+    dataset = FoldersDataset(root, "train", binary=True)
+    assert row(dataset, 0) == row(dataset, 1) == [0, 0, 1, 1]
+    for name, high in (("a", 1), ("b", 255)):  # an empty mask has noise of 1
+        Image.fromarray(columns(0, high)).save(root / f"labels/train/{name}.jpg", quality=95)
+    dataset = FoldersDataset(root, "train", binary=True, label_suffix=".jpg")
+    assert row(dataset, 0) == [0, 0, 0, 0] and row(dataset, 1) == [0, 0, 1, 1]
+
+
 def test_masks_that_would_pass_for_ignored_pixels_are_refused(tmp_path):
     root = make_folders(tmp_path, columns(0, 255))
     (root / "classes.txt").write_text("background\ncrack\n")
@@ -137,6 +149,11 @@ def test_splits_by_lists(tmp_path):
     (tmp_path / "train.txt").write_text("c\na.jpg\n\n")
     dataset = FoldersDataset(tmp_path, "train")
     assert [dataset[k].image_id for k in range(len(dataset))] == ["c", "a"]
+    picture(tmp_path / "images/two words.jpg")
+    save_map(tmp_path / "masks/two words.png", columns(1, 0))
+    (tmp_path / "test.txt").write_text("two words.jpg \nb\n")
+    dataset = FoldersDataset(tmp_path, "test")
+    assert [dataset[k].image_id for k in range(len(dataset))] == ["two words", "b"]
     (tmp_path / "val.txt").write_text("d\n")
     with pytest.raises(DataError, match=r"val\.txt: lists 'd', which is no image in .*images"):
         FoldersDataset(tmp_path, "val")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from tests.data.trees import columns, make_folders, make_panoptic, make_voc, save_map
 from vitdense.data import images
+from vitdense.data.base import shown_labels
+from vitdense.data.coco import CocoDataset
 from vitdense.data.coco_panoptic import CocoPanopticDataset
 from vitdense.data.folders import FoldersDataset
 from vitdense.data.frequency import count_pixels, images_with_class, pixels_per_image
@@ -32,6 +36,32 @@ def test_equals_numpy_on_generated_maps(shapes_root):
     dataset = ShapesDataset(shapes_root, "val", task="semantic", images=24, size=96)
     maps = [dataset[index].target.semantic.numpy() for index in range(len(dataset))]
     assert count_pixels(dataset).tolist() == np.bincount(np.ravel(maps), minlength=6).tolist()
+
+
+@pytest.mark.parametrize("task", ["instance", "panoptic"])
+def test_classes_that_the_json_tells_are_those_of_the_masks(shapes_root, monkeypatch, task):
+    dataset = ShapesDataset(shapes_root, "val", task=task, images=24, size=96)
+    expected = [shown_labels(dataset.target(index)).tolist() for index in range(len(dataset))]
+    for kind in (CocoDataset, CocoPanopticDataset):
+        monkeypatch.setattr(kind, "target", None)  # no mask is decoded
+    found = [dataset.labels(index) for index in range(len(dataset))]
+    assert [labels.tolist() for labels in found] == expected
+    assert all(labels.dtype == torch.int64 for labels in found)
+    rows = [row.nonzero().flatten().tolist() for row in images_with_class(dataset)]
+    assert rows == expected
+
+
+def test_label_maps_show_crowds_and_objects_do_not(tmp_path):
+    root = make_panoptic(tmp_path)
+    content = json.loads((root / "annotations/panoptic_train.json").read_text())
+    for annotation in content["annotations"]:  # all persons are crowds
+        for segment in annotation["segments_info"]:
+            segment["iscrowd"] = int(segment["category_id"] == 7)
+    (root / "annotations/panoptic_train.json").write_text(json.dumps(content))
+    for task, expected in (("panoptic", [0]), ("semantic", [0, 1])):
+        dataset = CocoPanopticDataset(root, "train", task=task)
+        assert dataset.labels(0).tolist() == expected
+        assert shown_labels(dataset.target(0)).tolist() == expected
 
 
 def test_presence_among_objects(tmp_path):

@@ -38,7 +38,7 @@ def test_images_may_lie_under_the_root(tmp_path):
         ("images", "coco_url", None, "image 4 has no `coco_url`"),
         ("images", "neg_category_ids", [99], "`neg_category_ids` is missing or names no category"),
         ("images", "not_exhaustive_category_ids", None, "`not_exhaustive_category_ids` is missing"),
-        ("categories", "frequency", "often", "category 11 has the frequency 'often'"),
+        ("categories", "frequency", "often", "category 11 has the frequency often"),
     ],
 )
 def test_wrong_files_are_named(tmp_path, part, key, value, message):

@@ -99,6 +99,19 @@ def test_a_label_map_cannot_be_blended():
         blend(*(plain(label, [[4, 6, 30, 28]]) for label in (0, 1)))
 
 
+@pytest.mark.parametrize("option", ["mixup", "copy_paste"])
+def test_panoptic_truth_cannot_be_mixed(shapes_root, option):
+    policy = DetectionPolicy(size=32, **{option: 0.1})
+    for task in ("panoptic", "instance"):
+        dataset = ShapesDataset(shapes_root, "train", task=task, images=24, size=96)
+        if task == "panoptic":
+            with pytest.raises(DataError, match=f"panoptic truth.* leave out the option {option}"):
+                training_loader(dataset, policy, 2, workers=0)
+            training_loader(dataset, DetectionPolicy(mosaic=1.0), 2, workers=0)
+        else:
+            assert next(training_loader(dataset, policy, 2, workers=0)).images.shape[0] == 2
+
+
 def test_pasted_objects_hide_what_is_below(monkeypatch):
     below = plain(0, [[0, 0, 40, 40], [60, 10, 80, 30], [50, 40, 60, 50]])
     above = plain(4, [[20, 0, 62, 50], [0, 50, 10, 60], [58, 10, 76, 31]])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -53,6 +53,7 @@ class Outputs:
     logits: Tensor
     aux: list[Tensor] | None
     canvas: tuple[int, int]
+    maps: list[Tensor] = field(default_factory=list, metadata={"own_type": True})
 
 
 def test_outputs_become_fp32_in_any_container() -> None:
@@ -64,3 +65,8 @@ def test_outputs_become_fp32_in_any_container() -> None:
     nested = runtime.to_float({"x": pair(half, (whole, half.double()))})
     assert isinstance(nested["x"], pair) and nested["x"].a.dtype == torch.float32
     assert [value.dtype for value in nested["x"].b] == [torch.int64, torch.float64]
+
+
+def test_large_maps_keep_their_type() -> None:
+    maps = [torch.ones(2, dtype=torch.bfloat16)]
+    assert runtime.to_float(Outputs(maps[0], None, (4, 5), maps)).maps is maps

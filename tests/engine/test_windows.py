@@ -18,6 +18,7 @@ from vitdense.engine.views import make_views, mean_scores
 from vitdense.engine.windows import Mosaic, window_places, window_starts, window_weights
 from vitdense.heads.segmentation.base import classify
 from vitdense.heads.segmentation.mask_head import MaskHead, MaskOutputs
+from vitdense.metrics.miou import MeanIoU
 from vitdense.models.base import Model
 from vitdense.ops import rows
 from vitdense.structures import Batch, Frame, Level, Prediction, Sample, Size, Target
@@ -355,6 +356,9 @@ def test_what_a_model_cannot_do_is_refused(options, task, message):
 def test_a_model_without_scores_is_refused(tiny_model):
     with pytest.raises(ValueError, match="inference.window: TinyModel has no method semantic_lo"):
         check_inference(Inference(window=32), tiny_model)
+    with pytest.raises(ValueError, match="metric.calibration: TinyModel has no method semantic_lo"):
+        check_inference(Inference(), tiny_model, MeanIoU(["a"], calibration=True))
+    check_inference(Inference(), tiny_model, MeanIoU(["a"]))
 
 
 @pytest.mark.parametrize("flip", [False, True])

@@ -22,12 +22,12 @@ from vitdense.data.loader import training_loader
 from vitdense.data.shapes import ShapesDataset
 from vitdense.data.transforms import DetectionPolicy
 from vitdense.heads.base import Head
-from vitdense.heads.detection import masks as branch
-from vitdense.heads.detection.masks import MaskBranch, restore_masks
+from vitdense.heads.detection.masks import MaskBranch
 from vitdense.losses import dot_masks
 from vitdense.losses.dot_masks import DotMasks
 from vitdense.losses.points import sample_maps
 from vitdense.ops.masks import masks_to_boxes
+from vitdense.ops.restoring import restore_products
 from vitdense.structures import Frame, Level, Target
 from vitdense.testing import check_head
 
@@ -119,6 +119,19 @@ def test_truth_without_masks_is_refused():
         head.loss(head(make_features(), targets), targets)
 
 
+@every_head
+@pytest.mark.parametrize("option", [{"mask_weight": 5.0}, {"mask_points": 64}], ids=str)
+def test_options_of_masks_need_masks(name, option):
+    with pytest.raises(ValueError, match=f"^{next(iter(option))}: .*masks: true"):
+        build(name, **option)
+    assert build(name, masks=True, **option).task == "instance"
+
+
+def test_matching_weighs_classes_as_told():
+    assert build("dino").criterion.matcher.class_weight == 2.0
+    assert build("dino", class_cost=4.0).criterion.matcher.class_weight == 4.0
+
+
 @pytest.fixture
 def masks(monkeypatch):
     """Two images with masks and pixel features of stride 4, in float64, and the points drawn."""
@@ -178,6 +191,36 @@ def test_terms_equal_transformers_on_all_cells(masks, monkeypatch):
         for name, theirs in (("mask", sigmoid_cross_entropy_loss), ("dice", dice_loss)):
             expected = theirs(logits, truth, 1)  # the centres are float32
             torch.testing.assert_close(terms[name][layer], expected, atol=1e-5, rtol=1e-6)
+
+
+def test_many_maps_are_made_again_in_the_backward(masks, monkeypatch):
+    """Few layers at a time; losses and gradients stay what they are, and no map is kept."""
+    ours, _, _ = masks
+    embeddings = torch.randn(5, 2, 7, 8).double().requires_grad_()
+    matches = torch.tensor([[[4, 0, 6], [1, 2, -1]]]).expand(5, -1, -1)
+    maps = 2 * 16 * 24  # of the second image, of one layer
+
+    def run() -> tuple[list[Tensor], int]:
+        torch.manual_seed(0)
+        kept = [0]
+
+        def keep(x: Tensor) -> Tensor:
+            kept.append(x.numel())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            terms = ours.terms(embeddings, matches)
+        total = (terms["mask"] + 2 * terms["dice"]).sum()
+        grads = torch.autograd.grad(total, [embeddings, ours.pixels])
+        return [terms["mask"], terms["dice"], *grads], max(kept)
+
+    monkeypatch.setattr(dot_masks, "CHUNK", 1)
+    found, kept = run()
+    monkeypatch.setattr(dot_masks, "checkpoint", lambda function, *args, **_: function(*args))
+    expected, kept_before = run()
+    assert kept < maps <= kept_before
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_masks_decide_between_equal_boxes():
@@ -254,23 +297,24 @@ FRAMES = [
 
 
 @pytest.mark.parametrize("frame", FRAMES, ids=str)
-def test_masks_lie_in_original_pixels(frame, monkeypatch):
+def test_masks_lie_in_original_pixels(frame):
     torch.manual_seed(0)
     embeddings, pixels = torch.randn(5, 8), torch.randn(8, 16, 24)
-    found = restore_masks(embeddings, pixels, frame)
-    maps = torch.einsum("nm,mhw->nhw", embeddings, pixels)
-    assert torch.equal(found, frame.restore_map(maps) > 0)
-    monkeypatch.setattr(branch, "CHUNK", 1)
-    assert torch.equal(restore_masks(embeddings, pixels, frame), found)
-    assert restore_masks(embeddings[:0], pixels, frame).shape == (0, *frame.original)
+    logits = frame.restore_map(torch.einsum("nm,mhw->nhw", embeddings, pixels))
+    sure = logits.abs() > 1e-5  # the order of a sum is another for fewer rows
+    assert sure.float().mean() > 0.999
+    for chunk in (None, 1, 1000):
+        found = restore_products(embeddings, pixels, frame, chunk)
+        assert torch.equal(found[sure], logits[sure] > 0)
+    assert restore_products(embeddings[:0], pixels, frame).shape == (0, *frame.original)
 
 
-def test_memory_of_answers_is_bounded(monkeypatch):
-    monkeypatch.setattr(branch, "CHUNK", 600 * 400)
+@pytest.mark.parametrize("chunk", [3000, 600 * 400])
+def test_memory_of_answers_is_bounded(chunk):
     frame = Frame((64, 96), (60, 90), (400, 600))
     with Largest() as largest:
-        restore_masks(torch.randn(40, 4), torch.randn(4, 16, 24), frame)
-    assert largest.numbers <= 600 * 400
+        restore_products(torch.randn(40, 4), torch.randn(4, 16, 24), frame, chunk)
+    assert largest.numbers <= max(chunk, 40 * 600)
 
 
 @pytest.mark.parametrize("nms", [None, 0.5])

@@ -154,11 +154,57 @@ def test_label_maps(tmp_path: Path) -> None:
         metric.update([prediction], batch)
     assert score("semantic", tmp_path / "truth", tmp_path / "found") == metric.compute()
     Image.fromarray(np.full((6, 9), 4, np.uint8)).save(tmp_path / "found/2.png")
-    with pytest.raises(DataError, match=r"found.2.png: class 3 was predicted, .* one higher"):
+    with pytest.raises(DataError, match=r"found.2.png: has the label 4, but the 3 classes of"):
         score("semantic", tmp_path / "truth", tmp_path / "found")
     (tmp_path / "found/2.png").unlink()
     with pytest.raises(DataError, match=r"found.2.png"):
         score("semantic", tmp_path / "truth", tmp_path / "found")
+
+
+def label_maps(root: Path, truth: np.ndarray, found: np.ndarray, classes: Any) -> list[Path]:
+    for folder, labels in (("truth", truth), ("found", found)):
+        (root / folder).mkdir(exist_ok=True)
+        Image.fromarray(labels.astype(np.uint8)).save(root / folder / "1.png")
+    (root / "classes.json").write_text(json.dumps({"classes": classes}))
+    return [root / "truth", root / "found"]
+
+
+def test_labels_are_the_ids_of_the_classes(tmp_path: Path) -> None:
+    truth, found = np.array([[0, 0, 7, 9], [255, 0, 7, 7]]), np.array([[0, 7, 7, 0], [7, 0, 7, 7]])
+    classes = [{"id": 7, "name": "road"}, {"id": 0, "name": "ground"}]
+    folders = label_maps(tmp_path, truth, found, classes)
+    with pytest.raises(DataError, match=r"truth.1.png: has the label 9, .* see .*--ignore"):
+        score("semantic", *folders)
+    numbers = score("semantic", *folders, ignore=[9])
+    assert numbers["IoU/ground"] == pytest.approx(2 / 3)
+    assert numbers["IoU/road"] == pytest.approx(3 / 4)
+    only = score("semantic", *folders, ignore=[9, 0])
+    assert only["Acc/road"] == 1 and "Acc/ground" not in only
+    with pytest.raises(ValueError, match="^ignore: -1 is no label"):
+        score("semantic", *folders, ignore=[-1])
+    label_maps(tmp_path, truth, found, [{"name": "road", "color": "#000001"}, *classes[1:]])
+    with pytest.raises(DataError, match="some classes have an `id`, some have none"):
+        score("semantic", *folders)
+
+
+def test_labels_of_classes_without_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    truth, found = np.array([[0, 0, 1, 255]]), np.array([[0, 1, 1, 1]])
+    folders = label_maps(tmp_path, truth, found, ["ground", "road"])
+    with pytest.raises(DataError, match=r"found.1.png: has the label 0, .* see .*--first-label"):
+        score("semantic", *folders)
+    call = ["score", "--kind", "semantic", "--truth", str(folders[0]), "--predictions"]
+    out = tmp_path / "out.json"
+    assert main([*call, str(folders[1]), "--first-label", "0", "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["mIoU"] == pytest.approx(0.5)
+
+
+def test_masks(tmp_path: Path) -> None:
+    truth, found = np.array([[0, 0, 255, 255]]), np.array([[0, 1, 1, 1]])
+    folders = label_maps(tmp_path, truth, found, ["ground", "road"])
+    with pytest.raises(DataError, match="label maps hold 0 and 255 alone: give --binary"):
+        score("semantic", *folders, first_label=0)
+    numbers = score("semantic", *folders, binary=True)
+    assert numbers["IoU/ground"] == 0.5 and numbers["IoU/road"] == pytest.approx(2 / 3)
 
 
 def coco_truth(path: Path) -> dict[str, Any]:

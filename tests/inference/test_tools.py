@@ -11,10 +11,12 @@ import pytest
 from PIL import Image
 
 import vitdense
+from tests.inference.conftest import SEGMENTATION, save
 from vitdense import cli
 from vitdense import config as configs
 from vitdense.config import ConfigError
 from vitdense.data.base import DataError
+from vitdense.data.shapes import ShapesDataset
 from vitdense.engine.checkpoint import CheckpointError, read_meta
 from vitdense.inference.report import table, to_json
 from vitdense.inference.score import score
@@ -70,6 +72,20 @@ def test_label_maps_have_the_labels_of_the_data_set(segmenter, photos, tmp_path)
     assert np.array_equal(labels, expected)  # label 0 is "no class" in this data set
     assert (tmp_path / "photo_3.jpg").exists()
     assert not (tmp_path / "predictions.json").exists()
+
+
+def test_written_label_maps_score_as_evaluation_does(tmp_path):
+    """With the background as class 0, whose label is 0 in the files."""
+    data = ShapesDataset(tmp_path, "val", task="semantic", images=24, size=64)
+    options = "{{name: shapes, task: semantic, images: 24, size: 64}}"
+    text = SEGMENTATION.replace("dataset: ade20k", f"dataset: {options}").format(root=tmp_path)
+    text = text.replace("training", "train").replace("validation", "val")
+    model = save(tmp_path / "model.safetensors", text, data.classes, data.category_ids)
+    predict(model, [data.folder / "images/val"], tmp_path / "out", device="cpu")
+    expected = evaluate(model, overrides=["device=cpu"])
+    assert expected["mIoU"] > 0 and "IoU/background" in expected
+    truth = data.folder / "annotations/val"
+    assert score("semantic", truth, tmp_path / "out") == pytest.approx(expected, abs=1e-12)
 
 
 def test_subfolders_are_kept(segmenter, photos, tmp_path):

@@ -20,8 +20,8 @@ from vitdense.ops.masks import decode_segmentation
 from vitdense.structures import Batch, Frame, Prediction, Target
 
 pytest.importorskip("pycocotools")
-from pycocotools import mask as coco_mask  # noqa: E402
-from pycocotools.cocoeval import COCOeval  # noqa: E402
+from pycocotools import mask as coco_mask
+from pycocotools.cocoeval import COCOeval
 
 
 def band_of(mask: np.ndarray) -> np.ndarray:
@@ -33,7 +33,7 @@ def band_of(mask: np.ndarray) -> np.ndarray:
 class BoundaryEval(COCOeval):  # type: ignore[misc]
     """The smaller of the overlaps of masks and of their bands."""
 
-    def computeIoU(self, imgId: int, catId: int) -> Any:  # noqa: N802, N803
+    def computeIoU(self, imgId: int, catId: int) -> Any:
         whole = super().computeIoU(imgId, catId)
         entries = [*self._gts[imgId, catId], *self._dts[imgId, catId]]
         masks = [entry["segmentation"] for entry in entries]
@@ -59,7 +59,9 @@ def fill(metric: CocoMetric, data: exactness.Generator) -> CocoMetric:
             [entry for entry in entries if entry["image_id"] == image["id"]]
             for entries in (data.truth["annotations"], data.results)
         )
-        labels = [torch.tensor([e["category_id"] // 7 for e in its]).long() for its in (there, found)]
+        labels = [
+            torch.tensor([e["category_id"] // 7 for e in its]).long() for its in (there, found)
+        ]
         target = Target(
             labels=labels[0],
             boxes=torch.zeros(len(there), 4),
@@ -109,7 +111,9 @@ def test_bands_equal_the_definition() -> None:
     rng = np.random.default_rng(0)
     for size in ((1, 1), (7, 90), (120, 31), (150, 160)):
         fields = ndimage.gaussian_filter(rng.normal(size=(5, *size)), (0, 3, 3))
-        masks = np.concatenate([fields > 0.01, np.ones((1, *size), bool), np.zeros((1, *size), bool)])
+        masks = np.concatenate(
+            [fields > 0.01, np.ones((1, *size), bool), np.zeros((1, *size), bool)]
+        )
         strings = encode_bands(torch.from_numpy(masks)).strings()
         for mask, text in zip(masks, strings, strict=True):
             band = np.asfortranarray(band_of(mask), dtype=np.uint8)

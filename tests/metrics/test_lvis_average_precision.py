@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,14 @@ import pytest
 import torch
 
 from vitdense.data.lvis import LvisDataset
+from vitdense.engine.build import build_metric
+from vitdense.metrics.image_labels import Several
 from vitdense.metrics.lvis import LvisMetric
 from vitdense.ops.masks import decode_segmentation
 from vitdense.structures import Batch, Frame, Prediction, Target
 
 pytest.importorskip("pycocotools")
-from pycocotools import mask as coco_mask  # noqa: E402
+from pycocotools import mask as coco_mask
 
 SIDE, CLASSES = 200, 7
 
@@ -86,7 +88,7 @@ def draw(seed: int, folder: Path, masks: bool) -> tuple[LvisDataset, list[dict[s
         "images": images,
         "annotations": annotations,
         "categories": [
-            {"id": key, "name": f"class {key}", "frequency": "rcf"[key % 3 if seed else 2]}
+            {"id": key, "name": f"class {key}", "frequency": "rcf"[key // 3 % 3 if seed else 2]}
             for key in ids
         ],
     }
@@ -135,7 +137,7 @@ def test_random_sets_equal_lvis(iou_type, limit, program, tmp_path, monkeypatch)
         np.testing.assert_allclose(curves.recall[..., 0], theirs.eval["recall"], atol=1e-9)
         numbers = metric.compute()
         for name, value in theirs.results.items():
-            key = name.replace("@300", "" if name[2] in "sml" else str(limit))
+            key = name.replace("@300", "" if name[2:3] in ("s", "m", "l") else str(limit))
             expected = np.nan if value == -1 else value
             assert numbers[key] == pytest.approx(expected, abs=1e-9, rel=0, nan_ok=True), key
         seen.append(numbers["AP"])
@@ -146,7 +148,9 @@ def one_object(**known: torch.Tensor) -> dict[str, float]:
     """The object is found at 0.8; at 0.9 there is one beside it, and at 0.95 one of class 1."""
     boxes = torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 60], [0, 0, 10, 10]])
     target = Target(labels=torch.tensor([0]), boxes=boxes[:1], **known)
-    prediction = Prediction(torch.tensor([0.95, 0.9, 0.8]), torch.tensor([1, 0, 0]), boxes[[2, 1, 0]])
+    prediction = Prediction(
+        torch.tensor([0.95, 0.9, 0.8]), torch.tensor([1, 0, 0]), boxes[[2, 1, 0]]
+    )
     metric = LvisMetric(["a", "b"])
     update(metric, target, prediction, 1)
     other = Target(labels=torch.tensor([1]), boxes=boxes[:1])
@@ -167,3 +171,11 @@ def test_what_is_not_known_is_not_wrong() -> None:
 def test_flags_must_be_one_per_class() -> None:
     with pytest.raises(ValueError, match="target.judged has 3 flags, there are 2 classes"):
         one_object(judged=torch.ones(3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("image_classes", [[], ["day", "night"]])
+def test_a_run_tells_the_frequencies(image_classes: list[str]) -> None:
+    config: Any = SimpleNamespace(metric=LvisMetric)
+    metric = build_metric(config, "detection", ["a", "b"], None, image_classes, ["r", "f"])
+    parts = metric.metrics if isinstance(metric, Several) else [metric]
+    assert parts[0].frequencies == ["r", "f"] and {"APr", "APc", "APf"} <= set(parts[0].compute())

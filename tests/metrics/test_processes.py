@@ -11,10 +11,14 @@ import pytest
 import torch
 
 from vitdense.metrics.coco import CocoMetric
+from vitdense.metrics.lvis import LvisMetric
+from vitdense.metrics.object_metric import ObjectMetric
 from vitdense.metrics.processes import share
+from vitdense.metrics.voc import VocMetric
 from vitdense.structures import Batch, Frame, Prediction, Target
 
 IMAGES, SIZE = 7, (24, 36)
+KINDS = ("bbox", "segm", "boundary", "voc", "lvis")
 
 
 def masks_of(generator: torch.Generator, count: int) -> torch.Tensor:
@@ -43,10 +47,19 @@ def objects_of(image: int) -> tuple[Target, Prediction]:
     )
 
 
-def numbers_of(images: list[int], iou_type: str, backend: str = "device") -> dict[str, float]:
-    metric = CocoMetric(["a", "b"], iou_type=iou_type, backend=backend)  # type: ignore[arg-type]
+def metric_of(kind: str, backend: str) -> ObjectMetric:
+    """By the overlap that COCO's metric compares, or by the metric's own name."""
+    if kind in ("voc", "lvis"):
+        return {"voc": VocMetric, "lvis": LvisMetric}[kind](["a", "b"])
+    return CocoMetric(["a", "b"], iou_type=kind, backend=backend)  # type: ignore[arg-type]
+
+
+def numbers_of(images: list[int], kind: str, backend: str = "device") -> dict[str, float]:
+    metric = metric_of(kind, backend)
     for image in images:
         target, prediction = objects_of(image)
+        target.judged = target.partial = torch.tensor([image % 3 != 1, True])
+        target.crowd = torch.arange(image) % 5 == 4
         batch = Batch(
             torch.zeros(1, 3, 1, 1), [target], [Frame(SIZE, SIZE, SIZE)], [image], [Path()]
         )
@@ -72,7 +85,7 @@ def spy(values, value):
     gather(values, value)
 torch.distributed.all_gather_object = spy
 found = {}
-for kind in ("bbox", "segm"):
+for kind in shared.KINDS:
     found[kind] = shared.numbers_of(images, kind)
     assert set(sent[1]) == {
         "images", "labels", "ranks", "scores", "matched", "ignored", "positives"
@@ -98,7 +111,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     outputs = [json.loads(worker.communicate(timeout=240)[0]) for worker in workers]
     everything = list(range(IMAGES))
     for output in outputs:
-        for kind in ("bbox", "segm"):
+        for kind in KINDS:
             assert output[kind] == pytest.approx(numbers_of(everything, kind), nan_ok=True)
         assert output["program"] == pytest.approx(output["segm"], nan_ok=True, abs=1e-12)
         assert output["nothing here"] == pytest.approx(numbers_of([1, 3], "segm"), nan_ok=True)

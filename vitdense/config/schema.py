@@ -254,7 +254,8 @@ class Config(Section):
     schedule: Schedule = Field(default=Schedule(), description=Schedule.__doc__)
     inference: Inference = Field(default=Inference(), description=Inference.__doc__)
     metric: Annotated[Part, PartOf("metric")] | None = Field(
-        default=None, description="what is measured; null = by the model's task: coco or miou"
+        default=None,
+        description="what is measured; null = by the model's task: coco, miou or panoptic",
     )
     imports: list[Str] = Field(
         default_factory=list,

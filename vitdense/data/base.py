@@ -6,8 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
+import torch
+from torch import Tensor
+
 from vitdense.registry import Span
-from vitdense.structures import Sample, Size, Target
+from vitdense.structures import IGNORE, Sample, Size, Target
 
 
 class Dataset:
@@ -49,9 +52,26 @@ class Dataset:
         """The truth alone, in original pixels; most data sets read no image for it."""
         return self[index].target
 
+    def labels(self, index: int) -> Tensor:
+        """`shown_labels` of the truth; data sets whose file lists them read no mask for it."""
+        return shown_labels(self.target(index))
+
     def image_path(self, index: int) -> Path:
         """The image's file; most data sets read no image for it."""
         return self[index].path
+
+
+def shown_labels(target: Target) -> Tensor:
+    """Classes in the label map, or among the objects, int64 [K], each once, ascending.
+
+    Crowds do not count: training drops them.
+    """
+    if target.semantic is not None:
+        counts = torch.bincount(target.semantic.flatten(), minlength=IGNORE)
+        return counts[:IGNORE].nonzero().flatten()
+    if target.labels is None:
+        return torch.zeros(0, dtype=torch.int64)
+    return (target.labels if target.crowd is None else target.labels[~target.crowd]).unique()
 
 
 class Policy:
@@ -78,6 +98,9 @@ class Policy:
             draw: reads another image of the data set, drawn at random, as it is.
         """
         return self.train(sample)
+
+    def check(self, dataset: Dataset) -> None:
+        """Raise DataError if the options do not suit this data set's truth, before training."""
 
     def for_batch(self, divisor: int, closing: bool) -> Self:
         """The policy for the images of one batch, with what they share drawn: their canvas.

@@ -63,6 +63,31 @@ def read_classes(path: Path, first: int) -> list[str]:
     return [named[label] for label in labels]
 
 
+def labelled_classes(path: Path, first: int) -> dict[int, str]:
+    """Class names by label: the file's, or if it tells none those from `first` on.
+
+    Raises:
+        DataError: the file cannot be understood, or only some classes have a label.
+    """
+    entries = check_labels(read_entries(path), path)
+    return {
+        first + place if entry.label is None else entry.label: entry.name
+        for place, entry in enumerate(entries)
+    }
+
+
+def binary_names(path: Path) -> list[str]:
+    """The two classes of masks; one name alone stands for the foreground.
+
+    Raises:
+        DataError: the file cannot be understood or names more.
+    """
+    names = [entry.name for entry in read_entries(path)]
+    if len(names) > 2:
+        raise DataError(f"{path}: names {len(names)} classes; binary masks have one or two")
+    return names if len(names) == 2 else ["background", *names]
+
+
 def read_entries(path: Path) -> list[Entry]:
     """Classes in the order of the file.
 
@@ -98,6 +123,13 @@ def check_entries(entries: list[Entry], where: Path | str) -> list[Entry]:
             raise DataError(f"{where}: names the class '{min(twice)}' twice; names must differ")
         if twice:
             raise DataError(f"{where}: gives the {what} {min(twice)} to two classes")
+    return entries
+
+
+def check_labels(entries: list[Entry], path: Path) -> list[Entry]:
+    """The entries again; raises DataError if some have a label and some have none."""
+    if 0 < sum(entry.label is not None for entry in entries) < len(entries):
+        raise DataError(f"{path}: some classes have an `id`, some have none; give all or none")
     return entries
 
 

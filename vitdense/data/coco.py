@@ -79,6 +79,12 @@ class CocoDataset(Dataset):
             area=torch.from_numpy(file.area[span].copy()),
         )
 
+    def labels(self, index: int) -> torch.Tensor:
+        file = self._file
+        span = slice(file.starts[index], file.starts[index + 1])
+        known = file.labels[span][~file.crowd[span]]
+        return torch.from_numpy(np.unique(known).astype(np.int64))
+
     def _masks(self, span: slice, size: Size) -> torch.Tensor:
         from vitdense.ops.masks import decode_segmentation
 

@@ -77,3 +77,12 @@ class CocoPanopticDataset(MapDataset):
         if self.task == "semantic":
             return classes_of(numbers, labels)
         return objects(numbers, labels, np.asarray(file.crowd[span]))
+
+    def labels(self, index: int) -> torch.Tensor:
+        """As the file lists them, and so also those of a segment without a pixel."""
+        file = self._file
+        span = slice(file.starts[index], file.starts[index + 1])
+        known = file.labels[span]
+        if self.task == "panoptic":  # label maps show crowds too
+            known = known[~file.crowd[span]]
+        return torch.from_numpy(np.unique(known).astype(np.int64))

@@ -9,26 +9,34 @@ from pydantic import NonNegativeInt
 
 from vitdense.data.ade20k import LAYOUTS
 from vitdense.data.base import DataError
-from vitdense.data.classes import Entry, check_entries, find_classes, parse_color, read_entries
+from vitdense.data.classes import (
+    Entry,
+    binary_names,
+    check_entries,
+    check_labels,
+    find_classes,
+    parse_color,
+    read_entries,
+)
 from vitdense.data.deep import check_range
-from vitdense.data.images import inside, is_colored, list_images, read_image, read_labels
+from vitdense.data.images import inside, is_colored, list_images, read_labels
 from vitdense.data.label_maps import (
+    LOOKED_AT,
     binary_labels,
     color_labels,
+    hides_masks,
     label_table,
     labels_in,
     look_up,
 )
 from vitdense.data.layouts import Layout, find_layout
 from vitdense.data.segments import MapDataset, check_maps
-from vitdense.data.voc_file import read_split
+from vitdense.data.voc_file import read_list
 from vitdense.registry import DATASETS
 from vitdense.structures import IGNORE, Target
 
 LISTED = (Layout("labels", "images"), Layout("masks", "images"), Layout("annotations", "images"))
 """Where the files lie if lists say which belong to a split."""
-
-_LOOKED_AT = 20
 
 
 @DATASETS.register("folders")
@@ -50,7 +58,7 @@ class FoldersDataset(MapDataset):
         classes: str | None = None,  # file of class names under root: .json, .csv or .txt
         colors: dict[str, str] | None = None,  # color of each class, as {road: "#6ec1e4"}
         ignore: list[NonNegativeInt | str] | None = None,  # labels or colors of no class
-        binary: bool = False,  # 0 is the first class, or "background"; all else is the other
+        binary: bool = False,  # masks: above 0, in .jpg and .webp above 127, is the second class
         image_suffix: str = "",  # end of the images' names that label images do not share
         label_suffix: str = ".png",  # what they have in its place, as "_mask.png"
         annotations: str | None = None,  # the folder of label images, as "masks/{split}"
@@ -65,7 +73,7 @@ class FoldersDataset(MapDataset):
         listed = (self.root / f"{split}.txt").is_file()
         layouts = LISTED if listed else LAYOUTS
         self.annotations, self.images = find_layout(self.root, split, layouts, annotations, images)
-        self.names = np.array(self._list(read_split(self.root, ".", split) if listed else None))
+        self.names = np.array(self._list(read_list(self.root, ".", split) if listed else None))
         self._check_maps()
         self._source = "option `colors`" if colors else str(find_classes(self.root, classes))
         entries = self._entries(classes, colors)
@@ -81,11 +89,9 @@ class FoldersDataset(MapDataset):
 
     def target(self, index: int) -> Target:
         path = inside(self.annotations, self._label_name(str(self.names[index])))
-        colored = is_colored(path)
         if self.binary:
-            pixels = read_image(path, 3).amax(0).numpy() if colored else read_labels(path)
-            return Target(semantic=binary_labels(pixels))
-        if self._by_color or (colored and self._colors):
+            return Target(semantic=binary_labels(path))
+        if self._by_color or (self._colors and is_colored(path)):
             return Target(semantic=color_labels(path, self._colors, self._source))
         labels = [str(label) for label in self.category_ids]
         remedy = (
@@ -140,22 +146,15 @@ class FoldersDataset(MapDataset):
             return check_entries(entries, "option `colors`")
         path = find_classes(self.root, name)
         if path is None:
-            files = [self.annotations / self._label_name(str(it)) for it in self.names[:_LOOKED_AT]]
+            files = [self.annotations / self._label_name(str(it)) for it in self.names[:LOOKED_AT]]
             raise DataError(
                 f"{self.root}: no file of class names; write classes.txt there with one name per "
                 f"line, in the order of the labels from 0, or classes.json with ids or colors "
                 f"({_contents(files)})"
             )
-        entries = read_entries(path)
         if self.binary:
-            names = [entry.name for entry in entries]
-            if len(names) > 2:
-                raise DataError(f"{path}: names {len(names)} classes; binary masks have one or two")
-            return [Entry(it) for it in (names if len(names) == 2 else ["background", *names])]
-        with_label = sum(entry.label is not None for entry in entries)
-        if 0 < with_label < len(entries):
-            raise DataError(f"{path}: some classes have an `id`, some have none; give all or none")
-        return entries
+            return [Entry(it) for it in binary_names(path)]
+        return check_labels(read_entries(path), path)
 
     def _read_ignored(self, ignore: list[int | str]) -> None:
         numbers = [label for label in ignore if isinstance(label, int)]
@@ -163,12 +162,10 @@ class FoldersDataset(MapDataset):
         self._ignored_colors = [_color("ignore", it) for it in ignore if isinstance(it, str)]
 
     def _refuse_hidden_masks(self) -> None:
-        """Binary masks of 0 and 255 would pass for maps of one class and ignored pixels."""
-        if self.binary or self._by_color or len(self.classes) > 2 or IGNORE in self.category_ids:
+        if self.binary or self._by_color:
             return
-        names = [self._label_name(str(name)) for name in self.names[:_LOOKED_AT]]
-        files = [path for path in (self.annotations / it for it in names) if not is_colored(path)]
-        if set(labels_in(files)) == {0, IGNORE}:
+        files = [self.annotations / self._label_name(str(it)) for it in self.names[:LOOKED_AT]]
+        if hides_masks(files, self.category_ids):
             raise DataError(
                 f"{self.annotations}: the first {len(files)} label images hold 0 and 255 alone: "
                 "set binary: true for masks, or give a class the id 255"

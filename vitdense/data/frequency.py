@@ -20,7 +20,11 @@ def pixels_per_image(dataset: Dataset) -> Tensor:
         ValueError: the data set has no label maps.
         DataError: a file is missing or wrong.
     """
-    return _collect(dataset, _pixels, "counting pixels")
+
+    def pixels(index: int) -> Tensor:
+        return _pixels(dataset.target(index), len(dataset.classes))
+
+    return _collect(dataset, pixels, "counting pixels")
 
 
 def class_frequencies(dataset: Dataset) -> tuple[Tensor, Tensor]:
@@ -50,21 +54,22 @@ def count_pixels(dataset: Dataset) -> Tensor:
 
 
 def images_with_class(dataset: Dataset) -> Tensor:
-    """bool [images, C]: whether an image shows a class, in its label map or among its objects.
-
-    Crowds do not count: training drops them.
+    """bool [images, C]: whether an image shows a class, by `Dataset.labels`.
 
     Raises:
         DataError: a file is missing or wrong.
     """
-    return _collect(dataset, _present, "looking for classes")
+
+    def present(index: int) -> Tensor:
+        row = torch.zeros(len(dataset.classes), dtype=torch.bool)
+        row[dataset.labels(index)] = True
+        return row
+
+    return _collect(dataset, present, "looking for classes")
 
 
-def _collect(dataset: Dataset, row: Callable[[Target, int], Tensor], what: str) -> Tensor:
+def _collect(dataset: Dataset, read: Callable[[int], Tensor], what: str) -> Tensor:
     from tqdm import tqdm
-
-    def read(index: int) -> Tensor:
-        return row(dataset.target(index), len(dataset.classes))
 
     workers = min(8, os.cpu_count() or 1)  # decoding lets other threads run
     with ThreadPoolExecutor(workers) as pool:
@@ -76,13 +81,3 @@ def _pixels(target: Target, classes: int) -> Tensor:
     if target.semantic is None:
         raise ValueError("pixels of classes are counted in label maps; this data set has none")
     return torch.bincount(target.semantic.flatten(), minlength=IGNORE + 1)[:classes]
-
-
-def _present(target: Target, classes: int) -> Tensor:
-    if target.semantic is not None:
-        return _pixels(target, classes) > 0
-    present = torch.zeros(classes, dtype=torch.bool)
-    if target.labels is not None:
-        crowd = torch.zeros_like(target.labels).bool() if target.crowd is None else target.crowd
-        present[target.labels[~crowd]] = True
-    return present

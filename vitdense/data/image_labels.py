@@ -61,6 +61,9 @@ class LabelledDataset(Dataset):
     def target(self, index: int) -> Target:
         return self._label(self.files.target(index), index)
 
+    def labels(self, index: int) -> torch.Tensor:
+        return self.files.labels(index)
+
     def image_path(self, index: int) -> Path:
         return self.files.image_path(index)
 

@@ -10,12 +10,18 @@ import torch
 from torch import Tensor
 
 from vitdense.data.base import DataError
-from vitdense.data.images import read_image, read_labels
+from vitdense.data.images import is_colored, read_image, read_labels
 from vitdense.data.segments import number
 from vitdense.structures import IGNORE
 
 UNKNOWN = -1
 """In a table of classes: a label that there is not."""
+
+LOSSY = (".jpg", ".jpeg", ".webp")
+"""Files of masks whose values are near 0 and near 255."""
+
+LOOKED_AT = 20
+"""Label images that are read to tell what a set holds."""
 
 
 def label_table(classes: dict[int, int], ignored: Iterable[int]) -> np.ndarray:
@@ -59,14 +65,22 @@ def labels_in(paths: list[Path]) -> list[int]:
     return sorted({int(label) for path in paths for label in np.unique(read_labels(path))})
 
 
-def binary_labels(pixels: np.ndarray) -> Tensor:
-    """uint8 [H, W], 1 where a mask of 0 and 1, of 8 or of 16 bits is set.
-
-    Above half of the type's range, as lossy files have values near 0 and near the highest.
-    """
-    most = int(pixels.max(initial=0))
-    bound = 0 if most <= 1 else 127 if most < 256 else 32767
+def binary_labels(path: Path) -> Tensor:
+    """uint8 [H, W], 1 where the mask in a file is set: above 0, in lossy files above 127."""
+    pixels = read_image(path, 3).amax(0).numpy() if is_colored(path) else read_labels(path)
+    bound = 127 if path.suffix.lower() in LOSSY else 0
     return torch.from_numpy((pixels > bound).astype(np.uint8))
+
+
+def hides_masks(files: list[Path], labels: list[int]) -> bool:
+    """Whether binary masks of 0 and 255 would pass for maps of one class and ignored pixels.
+
+    Args:
+        labels: of the classes; masks are two at most.
+    """
+    if len(labels) > 2 or IGNORE in labels:
+        return False
+    return set(labels_in([it for it in files[:LOOKED_AT] if not is_colored(it)])) == {0, IGNORE}
 
 
 def color_labels(path: Path, classes: dict[tuple[int, int, int], int], source: str) -> Tensor:

@@ -53,6 +53,7 @@ def training_loader(
     Raises:
         DataError: a file is missing or wrong, from whatever process found it.
     """
+    policy.check(dataset)
     order = partial(_order, len(dataset), repeats, seed)
     steps = _Steps(len(dataset), batch_size, order, start_step, closing, rank, world_size)
     read = _TrainingReader(dataset, policy, seed, divisor)

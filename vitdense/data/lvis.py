@@ -29,11 +29,11 @@ class LvisFile(CocoFile):
 
     def _categories(self, entries: list[dict[str, Any]]) -> tuple[list[int], list[str]]:
         ids, names = super()._categories(entries)
-        told = {int(entry["id"]): entry.get("frequency") for entry in entries}
+        told = {int(entry["id"]): str(entry.get("frequency")) for entry in entries}
         odd = next((key for key in ids if told[key] not in ("r", "c", "f")), None)
         if odd is not None:
             raise DataError(
-                f"{self.path}: category {odd} has the frequency {told[odd]!r}; LVIS's files say "
+                f"{self.path}: category {odd} has the frequency {told[odd]}; LVIS's files say "
                 "r, c or f, others are read by the data set `coco`"
             )
         self.frequencies = [told[key] for key in ids]

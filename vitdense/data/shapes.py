@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import NonNegativeInt, PositiveInt
+from torch import Tensor
 
 from vitdense.data.ade20k import Ade20kDataset
 from vitdense.data.base import DataError, Dataset
@@ -80,6 +81,9 @@ class ShapesDataset(Dataset):
 
     def target(self, index: int) -> Target:
         return self.files.target(index)
+
+    def labels(self, index: int) -> Tensor:
+        return self.files.labels(index)
 
     def image_path(self, index: int) -> Path:
         return self.files.image_path(index)

@@ -11,7 +11,7 @@ from typing import Literal, Self
 import torch
 from pydantic import PositiveFloat, PositiveInt
 
-from vitdense.data.base import Policy
+from vitdense.data.base import DataError, Dataset, Policy
 from vitdense.data.color import distort
 from vitdense.data.crop import Window, is_varied, window_around_objects, window_to_canvas
 from vitdense.data.geometry import Movement, resize
@@ -40,8 +40,8 @@ class DetectionPolicy(Policy):
         jitter: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0),  # range of a factor on the scale
         mosaic: Fraction = 0.0,  # chance to join parts of four images, instead of crop and zoom
         mosaic_scale: tuple[PositiveFloat, PositiveFloat] = (0.4, 0.8),  # factor on its images
-        mixup: Fraction = 0.0,  # chance to blend with another image
-        copy_paste: Fraction = 0.0,  # chance to paste objects of another image; needs masks
+        mixup: Fraction = 0.0,  # chance to blend with another image; not for panoptic truth
+        copy_paste: Fraction = 0.0,  # chance to paste another's objects; needs masks of objects
         multi_scale: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0),  # factor on a batch's canvas
         close: Span = 0.0,  # last span of the run: of all that changes images only flip is left
     ) -> None:
@@ -78,6 +78,14 @@ class DetectionPolicy(Policy):
         if self.mixup and _chance(self.mixup):
             composed = blend(composed, self.train(draw()))
         return composed
+
+    def check(self, dataset: Dataset) -> None:
+        named = [key for key in ("mixup", "copy_paste") if getattr(self, key)]
+        if dataset.things is not None and named:
+            raise DataError(
+                f"{dataset.root}: has panoptic truth, in which each pixel is of one segment of "
+                f"things or stuff; leave out the option {named[0]}, which mixes objects"
+            )
 
     def for_batch(self, divisor: int, closing: bool) -> Self:
         policy = copy.copy(self)

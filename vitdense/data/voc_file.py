@@ -19,7 +19,15 @@ class VocObject(NamedTuple):
 
 
 def read_split(root: Path, folder: str, split: str) -> list[str]:
-    """Stems of the images that `folder`/`split`.txt lists.
+    """Stems of the images that `folder`/`split`.txt lists; as `read_list`.
+
+    In VOC's lists of one class a flag stands behind the stem.
+    """
+    return read_list(root, folder, split, first_word=True)
+
+
+def read_list(root: Path, folder: str, split: str, first_word: bool = False) -> list[str]:
+    """The lines of `folder`/`split`.txt, names of images, or the first word of each.
 
     Raises:
         DataError: there is no such file, it is empty, or lists an image twice.
@@ -29,7 +37,8 @@ def read_split(root: Path, folder: str, split: str) -> list[str]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError:
         raise DataError(f"{path}: no such list of images; {list_splits(root, folder)}") from None
-    stems = [line.split()[0] for line in lines if line.strip()]
+    names = [line.strip() for line in lines if line.strip()]
+    stems = [name.split()[0] for name in names] if first_word else names
     if not stems:
         raise DataError(f"{path}: lists no images")
     if len(set(stems)) < len(stems):

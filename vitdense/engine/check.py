@@ -40,7 +40,6 @@ def check(config: Config) -> str:
     where = runtime.start(config.device)
     data = build.build_data(config)
     model = build.build_model(config, data)
-    check_inference(config.inference, model)
     started = build.start(config, data, model)
     build.weigh_classes(model, data.train)
     model.to(where.device)
@@ -49,6 +48,7 @@ def check(config: Config) -> str:
     metric = build.build_metric(
         config, model.task, train.classes, train.things, labels, train.frequencies
     )
+    check_inference(config.inference, model, metric)
     rows = [*describe_data(config, data), *describe_model(model)]
     rows += [
         ("start" if i == 0 else "", row) for i, row in enumerate(str(started or "").splitlines())

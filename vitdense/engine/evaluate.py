@@ -125,8 +125,12 @@ def _without_scores(model: Model) -> str | None:
     return None
 
 
-def check_inference(inference: Inference, model: Model) -> None:
-    """Raise ValueError if the model cannot answer so, naming the option and what to do."""
+def check_inference(inference: Inference, model: Model, metric: Metric | None = None) -> None:
+    """Raise ValueError if the model cannot answer so, naming the option and what to do.
+
+    Args:
+        metric: what reads the answers; it may want to know how sure they are.
+    """
     used = options_used(inference)
     if used and model.task != "semantic":
         raise ValueError(
@@ -137,6 +141,11 @@ def check_inference(inference: Inference, model: Model) -> None:
         raise ValueError(
             f"inference.{used[0]}: {mute} has no method semantic_logits, which gives the scores "
             "that are averaged; write it, or remove the option"
+        )
+    if metric is not None and metric.confidence and (mute := _without_scores(model)):
+        raise ValueError(
+            f"metric.calibration: {mute} has no method semantic_logits, which gives the scores "
+            "that confidence is computed from; write it, or remove the option"
         )
     sides = inference.window or ()
     for side in (sides,) if isinstance(sides, int) else sides:

@@ -56,7 +56,6 @@ class Run:
         self.last = self.folder / "checkpoints" / "last.pt"
         self.data = build.build_data(config)
         self.model: Model = build.build_model(config, self.data)
-        check_inference(config.inference, self.model)
         self._start()
         build.weigh_classes(self.model, self.data.train)
         self.model.to(runtime.device)
@@ -68,6 +67,7 @@ class Run:
             build.labels_of(self.model, self.data.train),
             self.data.train.frequencies,
         )
+        check_inference(config.inference, self.model, self.metric)
         # before wrapping, because it freezes what does not learn
         self.optimizer = build_optimizer(self.model, **dict(config.optimizer))
         self.net: nn.Module = runtime.wrap(self.model)

@@ -99,7 +99,11 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def to_float(outputs: Any) -> Any:
-    """The same outputs with bf16 and fp16 tensors in fp32, as losses and predictions want them."""
+    """The same outputs with bf16 and fp16 tensors in fp32, as losses and predictions want them.
+
+    Fields of a dataclass whose metadata say `own_type` stay as they are: what reads such large
+    tensors raises the few numbers that it needs itself.
+    """
     if isinstance(outputs, torch.Tensor):
         return outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs
     if isinstance(outputs, dict):
@@ -108,7 +112,8 @@ def to_float(outputs: Any) -> Any:
         values = [to_float(value) for value in outputs]
         return type(outputs)(*values) if hasattr(outputs, "_fields") else type(outputs)(values)
     if is_dataclass(outputs) and not isinstance(outputs, type):
-        names = [field.name for field in fields(outputs) if field.init]
+        kept = [field for field in fields(outputs) if field.init]
+        names = [field.name for field in kept if not field.metadata.get("own_type")]
         return replace(outputs, **{name: to_float(getattr(outputs, name)) for name in names})
     return outputs
 

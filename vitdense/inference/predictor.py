@@ -77,8 +77,8 @@ class Predictor:
         """Answer for one image, or for each of a list.
 
         Args:
-            images: files; PIL images; arrays uint8 [H, W] or [H, W, C]; tensors uint8 [C, H, W];
-                or a list of them, of any sizes.
+            images: files; PIL images; arrays [H, W] or [H, W, C]; tensors [C, H, W]; or a list of
+                them, of any sizes. Types are uint8, uint16, or any if the data had a `range`.
             batch_size: images that are computed at a time, where their canvases are equal.
 
         Returns:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from vitdense.data.base import DataError
-from vitdense.data.classes import NAMES, read_classes
+from vitdense.data.classes import NAMES, binary_names, labelled_classes
 from vitdense.data.images import list_images, read_labels
+from vitdense.data.label_maps import binary_labels, hides_masks, label_table, look_up
 from vitdense.engine import checkpoint
 from vitdense.inference.report import table, to_json
 from vitdense.metrics import coco_files, panoptic_files
@@ -32,6 +35,9 @@ def score(
     backend: Backend = "auto",
     max_detections: int = 100,
     classes: Path | None = None,
+    first_label: Literal[0, 1] = 1,
+    ignore: Sequence[int] = (),
+    binary: bool = False,
     absent: Literal["skip", "zero"] = "skip",
     json_path: Path | None = None,
 ) -> dict[str, float]:
@@ -39,22 +45,27 @@ def score(
 
     Args:
         kind: bbox, segm: COCO's JSON files; panoptic: COCO's JSON files, each beside its folder of
-            maps; semantic: folders of label maps, 0 and 255 for ignored, else from 1.
+            maps; semantic: folders of label maps.
         truth, predictions: what is compared.
         backend: for bbox and segm, who computes.
         max_detections: for bbox and segm, best detections of an image and class that count.
         classes: for semantic, the file of class names; by default one beside the folder or above.
+        first_label: for semantic, label of the first class, if the file of classes tells no labels.
+        ignore: for semantic, labels of the truth that count nowhere, beside 0 and 255 where they
+            are no class.
+        binary: for semantic, the maps are masks, as those of the data set `folders`.
         absent: for semantic, whether classes without pixels are left out or count as 0.
         json_path: file for the numbers.
 
     Raises:
         DataError: files are missing or wrong.
-        ValueError: the backend is not installed.
+        ValueError: the backend is not installed, or a label below 0.
     """
     if kind == "panoptic":
         numbers = panoptic_files.score_files(truth, predictions)
     elif kind == "semantic":
-        numbers = score_label_maps(truth, predictions, classes, absent)
+        maps = LabelMaps.find(truth, classes, first_label, ignore, binary)
+        numbers = score_label_maps(truth, predictions, maps, absent)
     else:
         numbers = score_detections(kind, truth, predictions, backend, max_detections)
     print(table(numbers))
@@ -80,42 +91,86 @@ def score_detections(
     return summarize(curves, truth.classes, rules.limits)
 
 
+@dataclass
+class LabelMaps:
+    """How label maps are read.
+
+    Attributes:
+        names: of the classes.
+        labels: of the classes in the maps; None if the maps are masks of 0 and more.
+        ignored: labels of the truth that count nowhere, beside 0 and 255 where they are no class.
+        source: the file of classes, for messages.
+    """
+
+    names: list[str]
+    labels: list[int] | None
+    ignored: list[int]
+    source: Path
+
+    @classmethod
+    def find(
+        cls,
+        truth: Path,
+        classes: Path | None = None,
+        first_label: Literal[0, 1] = 1,
+        ignore: Sequence[int] = (),
+        binary: bool = False,
+    ) -> LabelMaps:
+        """By a file of class names, which wins over `first_label`; arguments as of `score`."""
+        path = classes or _find_classes(truth)
+        if binary:
+            return cls(binary_names(path), None, [], path)
+        if min(ignore, default=0) < 0:
+            raise ValueError(f"ignore: {min(ignore)} is no label; labels begin with 0")
+        labelled = labelled_classes(path, first_label)
+        return cls(list(labelled.values()), list(labelled), list(ignore), path)
+
+    def read(self, path: Path, truth: bool) -> Tensor:
+        """Classes uint8 [H, W] of a file, in truth also IGNORE."""
+        if self.labels is None:
+            return binary_labels(path)
+        dropped = self.ignored if truth else []
+        known = {label: k for k, label in enumerate(self.labels) if label not in dropped}
+        table = label_table(known, [0, IGNORE, *dropped] if truth else [])
+        low, high = min(self.labels), max(self.labels)
+        remedy = (
+            f"but the {len(self.labels)} classes of {self.source} are labels from {low} to {high}; "
+            "see --classes, --first-label" + (" and --ignore" if truth else "")
+        )
+        return look_up(path, read_labels(path), table, remedy)
+
+    def check(self, files: list[Path]) -> None:
+        """Raise DataError for masks that would pass for maps of one class and ignored pixels."""
+        if self.labels is not None and hides_masks(files, self.labels):
+            raise DataError(f"{files[0].parent}: label maps hold 0 and 255 alone: give --binary")
+
+
 def score_label_maps(
-    truth: Path,
-    predictions: Path,
-    classes: Path | None = None,
-    absent: Literal["skip", "zero"] = "skip",
+    truth: Path, predictions: Path, maps: LabelMaps, absent: Literal["skip", "zero"] = "skip"
 ) -> dict[str, float]:
     """The numbers of the `miou` metric for two folders of label maps of the same names."""
     names = list_images(truth)
     if not names:
         raise DataError(f"{truth}: no label maps in this folder")
-    metric = MeanIoU(read_classes(classes or _find_classes(truth), 1), absent=absent)
+    maps.check([truth / name for name in names])
+    metric = MeanIoU(maps.names, absent=absent)
     folder = predictions / "labels" if (predictions / "labels").is_dir() else predictions
     for number, name in enumerate(names):
-        there, answer = _read(truth / name), _read(folder / f"{Path(name).stem}.png")
+        path = folder / f"{Path(name).stem}.png"
+        there, answer = maps.read(truth / name, truth=True), maps.read(path, truth=False)
         size = (there.shape[0], there.shape[1])
         batch = Batch(
             images=torch.zeros(1, 3, 1, 1, dtype=torch.uint8),
             targets=[Target(semantic=there)],
             frames=[Frame(size, size, size)],
             image_ids=[number],
-            paths=[folder / f"{Path(name).stem}.png"],
+            paths=[path],
         )
         try:
             metric.update([Prediction(semantic=answer)], batch)
-        except ValueError as error:
+        except ValueError as error:  # of another size
             raise DataError(str(error)) from None
-    try:
-        return metric.compute()
-    except ValueError as error:
-        raise DataError(f"{error} (labels in the files are one higher)") from None
-
-
-def _read(path: Path) -> torch.Tensor:
-    """A label map with classes from 0, and IGNORE for 0 and 255."""
-    labels = torch.from_numpy(read_labels(path).astype(np.int64))
-    return torch.where((labels == 0) | (labels == IGNORE), IGNORE, labels - 1)
+    return metric.compute()
 
 
 def _find_classes(folder: Path) -> Path:

@@ -117,7 +117,6 @@ def evaluate(
     _check_classes(dataset, meta, config)
     part = checkpoint.without_weights(config.model)
     model = checkpoint.make_model(part, len(meta.classes), len(meta.image_classes))
-    check_inference(config.inference, model)
     checkpoint.load_weights(path, model)
     dataset.channels = model.in_chans
     model.to(place.device)
@@ -127,6 +126,7 @@ def evaluate(
     metric = build.build_metric(
         config, model.task, meta.classes, dataset.things, labels, dataset.frequencies
     )
+    check_inference(config.inference, model, metric)
     precision = runtime.choose_precision(config.train.precision, place.device)
     start = time.perf_counter()
     with tqdm(total=loader.images, unit="image", disable=None if place.is_main else True) as bar:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from vitdense.losses.matcher import full_precision
 from vitdense.losses.points import (
@@ -20,7 +21,7 @@ from vitdense.losses.points import (
 from vitdense.structures import Target
 
 CHUNK = 2**24
-"""Logits of queries at points that are held at once in matching: 64 MiB."""
+"""Logits that are held at once, of an image's queries at points or of its matched maps: 64 MiB."""
 
 
 class DotMasks:
@@ -28,7 +29,8 @@ class DotMasks:
 
     Nothing here is as large as queries times pixels. Costs are taken at points that all queries of
     an image share: features are sampled there first, then multiplied. Losses are of the maps of
-    matched queries alone, at points of each where it is most uncertain (Mask2Former, section 3.3).
+    matched queries alone, at points of each where it is most uncertain (Mask2Former, section 3.3);
+    where layers and groups match many, some are mapped at a time, and once more in the backward.
 
     Args:
         pixels: float [B, M, h, w], features over the canvas.
@@ -104,15 +106,30 @@ class DotMasks:
                 continue
             matched = matches[:, i, : len(masks)]
             index = matched.clamp(min=0)[..., None].expand(-1, -1, embeddings.shape[-1])
-            chosen = embeddings[:, i].gather(1, index).flatten(0, 1)
-            maps = torch.einsum("nm,mhw->nhw", chosen, self.pixels[i])
-            points = uncertain_points(maps.detach(), self.points)
-            logits = sample_maps(maps[:, None], points)[:, 0]
-            truth = self._truth(i, len(matched), points)
-            for name, loss in (("mask", point_bce), ("dice", point_dice)):
-                each = loss(logits, truth).view_as(matched) * (matched >= 0)
-                terms[name] = terms[name] + each.sum(1)
+            chosen = embeddings[:, i].gather(1, index)
+            for name, each in zip(terms, self._losses(i, chosen), strict=True):
+                terms[name] = terms[name] + (each * (matched >= 0)).sum(1)
         return terms
+
+    def _losses(self, image: int, chosen: Tensor) -> Tensor:
+        """Cross-entropy and dice of the masks of embeddings [L, N, M], float [2, L, N]."""
+        layers = max(1, CHUNK // (chosen.shape[1] * self.pixels[image, 0].numel()))
+        if len(chosen) <= layers:
+            return self._map_losses(image, chosen)
+        # maps and what is found at their points need not wait for the backward
+        parts = [
+            checkpoint(self._map_losses, image, part, use_reentrant=False)
+            for part in chosen.split(layers)
+        ]
+        return torch.cat(parts, 1)
+
+    def _map_losses(self, image: int, chosen: Tensor) -> Tensor:
+        maps = torch.einsum("nm,mhw->nhw", chosen.flatten(0, 1), self.pixels[image])
+        points = uncertain_points(maps.detach(), self.points)
+        logits = sample_maps(maps[:, None], points)[:, 0]
+        truth = self._truth(image, len(chosen), points)
+        losses = point_bce(logits, truth), point_dice(logits, truth)
+        return torch.stack(losses).view(2, *chosen.shape[:2])
 
     def _truth(self, image: int, layers: int, points: Tensor) -> Tensor:
         """The masks of an image, over and over for the layers, at points [layers * N, P, 2]."""

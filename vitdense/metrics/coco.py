@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
@@ -116,7 +115,10 @@ def summarize(curves: Curves, classes: list[str], limits: tuple[int, ...]) -> di
         "APs": mean_of_defined(precision[..., small, -1]),
         "APm": mean_of_defined(precision[..., medium, -1]),
         "APl": mean_of_defined(precision[..., large, -1]),
-        **{f"AR{n}": mean_of_defined(recall[..., everything, place]) for place, n in enumerate(limits)},
+        **{
+            f"AR{n}": mean_of_defined(recall[..., everything, place])
+            for place, n in enumerate(limits)
+        },
         "ARs": mean_of_defined(recall[..., small, -1]),
         "ARm": mean_of_defined(recall[..., medium, -1]),
         "ARl": mean_of_defined(recall[..., large, -1]),

@@ -67,10 +67,11 @@ class Matches:
 
 
 def match(truth: Objects, detections: Objects, classes: int, rules: Rules) -> Matches:
-    """Match detections to truth; by masks if the objects have them, and then by bands too.
+    """Match detections to truth; by masks if the objects have them, and by bands if they have both.
 
-    With both, the smaller overlap counts. Detections of equal score keep their order, and of truths that overlap a detection equally it
-    takes the last, as in pycocotools. Memory is bounded but for a few numbers per object.
+    The smaller of the two overlaps counts then. Detections of equal score keep their order, and of
+    truths that overlap a detection equally it takes the last, as in pycocotools. Memory is bounded
+    but for a few numbers per object.
     """
     truth, detections = _in_groups(truth, rules), _in_groups(detections, rules)
     classes = 1 if rules.class_agnostic else classes

@@ -49,14 +49,12 @@ class Objects:
     def to(self, device: torch.device | str) -> Objects:
         """The same on a device."""
         moved = {name: getattr(self, name).to(device) for name in _TENSORS}
-        for name in _RUNS:
-            runs: RunLengths | None = getattr(self, name)
-            moved[name] = None if runs is None else runs.to(device)
-        return replace(self, **moved)
+        masks = None if self.masks is None else self.masks.to(device)
+        bands = None if self.bands is None else self.bands.to(device)
+        return replace(self, **moved, masks=masks, bands=bands)
 
 
 _TENSORS = ("images", "labels", "boxes", "areas", "scores", "crowd", "rows")
-_RUNS = ("masks", "bands")
 
 
 def join(parts: Sequence[Objects]) -> Objects:
@@ -64,13 +62,14 @@ def join(parts: Sequence[Objects]) -> Objects:
     if not parts:
         return empty()
     columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS}
-    runs = {name: _join_runs([getattr(part, name) for part in parts]) for name in _RUNS}
-    if runs["masks"] is not None:
+    masks = _join_runs([part.masks for part in parts])
+    bands = _join_runs([part.bands for part in parts])
+    if masks is not None:
         sizes = [0 if part.masks is None else len(part.masks) for part in parts]
         before = torch.tensor([0, *sizes]).cumsum(0).tolist()
         rows = [part.rows + first for part, first in zip(parts, before, strict=False)]
         columns["rows"] = torch.cat(rows)
-    return replace(parts[0], **columns, **runs)
+    return replace(parts[0], **columns, masks=masks, bands=bands)
 
 
 def _join_runs(parts: list[RunLengths | None]) -> RunLengths | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from vitdense.ops.rows import chunks, restore_rows
+from vitdense.ops.rows import chunks, numbers_at_once, restore_rows
 from vitdense.structures import Frame
 
 
@@ -50,3 +50,25 @@ def restore_masks(logits: Tensor, frame: Frame, chunk: int | None = None) -> tup
         total += (part.sigmoid() * counted).sum((1, 2))
         area += counted.sum((1, 2))
     return masks, total / area.clamp(min=1)
+
+
+def restore_products(
+    embeddings: Tensor, pixels: Tensor, frame: Frame, chunk: int | None = None
+) -> Tensor:
+    """Masks in original pixels, whose logits are products of embeddings and features of pixels.
+
+    Args:
+        embeddings: float [N, M].
+        pixels: float [M, h, w] over the canvas.
+        chunk: see `vitdense.ops.rows.chunks`; as many logits are held at once, too.
+
+    Returns:
+        bool [N, H, W], where the logits are above 0.
+    """
+    masks = embeddings.new_empty(len(embeddings), *frame.original, dtype=torch.bool)
+    step = max(1, numbers_at_once(pixels.device, chunk) // pixels[0].numel())
+    for some, found in zip(embeddings.split(step), masks.split(step), strict=True):
+        logits = torch.einsum("nm,mhw->nhw", some, pixels)
+        for rows, part in restored(logits, frame, chunk):
+            torch.gt(part, 0, out=found[:, rows])
+    return masks

@@ -25,6 +25,11 @@ LARGE_CHUNK = 2**26
 """The same on other devices: 256 MiB of float32."""
 
 
+def numbers_at_once(device: torch.device, chunk: int | None = None) -> int:
+    """How many numbers are best worked on together: `chunk`, or what suits the device."""
+    return chunk or CHUNK.get(device.type, LARGE_CHUNK)
+
+
 def rows_at_once(classes: int, frame: Frame, device: torch.device, chunk: int | None = None) -> int:
     """How many original rows are best brought back together.
 
@@ -33,7 +38,7 @@ def rows_at_once(classes: int, frame: Frame, device: torch.device, chunk: int | 
         device: where it lies.
         chunk: numbers at once, but at least one row; by default what suits the device.
     """
-    size = chunk or CHUNK.get(device.type, LARGE_CHUNK)
+    size = numbers_at_once(device, chunk)
     return max(1, size // (classes * max(frame.canvas[1], frame.original[1])))
 
 

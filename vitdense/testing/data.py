@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitdense.data.base import Dataset, Policy
+from vitdense.data.base import Dataset, Policy, shown_labels
 from vitdense.structures import IGNORE, Sample, Size, Target
 from vitdense.testing import probes
 from vitdense.testing.probes import require
@@ -49,8 +49,14 @@ def check_dataset(
     require(len(dataset) > 0, f"{name}: no samples in split '{split}' of {root}")
     indices = range(min(samples, len(dataset)))
     found = [dataset[index] for index in indices]
-    for sample in found:
+    for index, sample in enumerate(found):
         _check_sample(name, sample, dataset)
+        labels = dataset.labels(index)
+        require(
+            _equal(labels, shown_labels(sample.target)),
+            f"{name}.labels({index}) is {labels.tolist()}, and the truth shows "
+            f"{shown_labels(sample.target).tolist()}: int64, each once, ascending, without crowds",
+        )
     ids = [sample.image_id for sample in found]
     require(
         len(set(ids)) == len(ids), f"{name}: two samples have one image_id; metrics need unique ids"

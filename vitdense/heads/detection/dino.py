@@ -56,6 +56,7 @@ class DinoHead(TwoStageHead):
         label_noise: Fraction = 0.5,  # twice the share of labels drawn anew in denoising
         box_noise: NonNegativeFloat = 1.0,  # how far corners move in denoising, in half boxes
         class_loss: Literal["focal", "varifocal", "matchability"] = "focal",  # what scores learn
+        class_cost: NonNegativeFloat = 2.0,  # of the class in matching; L1 costs 5 and GIoU 2
         class_weight: NonNegativeFloat = 1.0,  # of the class loss, beside L1 with 5 and GIoU with 2
         max_detections: PositiveInt = 300,  # best ones kept for each image
         nms: Fraction | None = None,  # overlap from which the lesser box of a class is dropped
@@ -104,10 +105,9 @@ class DinoHead(TwoStageHead):
             temperature=20,
         )
         self.criterion = SetCriterion(
-            CLASS_LOSSES[class_loss](), class_cost=2.0, class_weight=class_weight
+            CLASS_LOSSES[class_loss](), class_cost=class_cost, class_weight=class_weight
         )
-        if masks:
-            self.add_masks(self.input_levels[0], width, mask_points, mask_weight)
+        self.add_masks(masks, self.input_levels[0], width, mask_points, mask_weight)
 
     def forward(self, features: list[Tensor], targets: list[Target] | None = None) -> QueryOutputs:
         """Outputs with C = num_classes logits."""

@@ -84,8 +84,7 @@ class LwDetrHead(SigmoidQueryHead):
             refine=box_refinement,
         )
         self.criterion = SetCriterion(CLASS_LOSSES[class_loss](), class_cost=2.0, class_weight=1.0)
-        if masks:
-            self.add_masks(self.input_levels[0], width, mask_points, mask_weight)
+        self.add_masks(masks, self.input_levels[0], width, mask_points, mask_weight)
 
     def forward(self, features: list[Tensor], targets: list[Target] | None = None) -> QueryOutputs:
         """Outputs with C = num_classes logits, of all groups in training."""

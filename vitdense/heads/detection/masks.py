@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitdense.layers.conv import Conv, ConvNorm
 from vitdense.layers.mlp import MLP
 from vitdense.layers.position import sine_position
-from vitdense.structures import Frame, Level
+from vitdense.structures import Level
 
 STRIDE = 4
 """Of the pixel features, about: after a patch of 14 it is 3.5."""
 
-CHUNK = 2**26
-"""Logits in original pixels that are held at once: 256 MiB."""
+POINTS, WEIGHT = 4096, 1.0
+"""What the options `mask_points` and `mask_weight` are where they are not given."""
 
 
 class MaskBranch(nn.Module):
@@ -92,21 +89,8 @@ def _enlarge(maps: Tensor, size: list[int]) -> Tensor:
     return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
-def restore_masks(embeddings: Tensor, pixels: Tensor, frame: Frame) -> Tensor:
-    """Masks of one image in its original pixels: bilinear logits above 0, a few at a time.
-
-    Args:
-        embeddings: float [N, M].
-        pixels: float [M, h, w], over the canvas.
-
-    Returns:
-        bool [N, H, W].
-    """
-    masks = embeddings.new_empty(len(embeddings), *frame.original, dtype=torch.bool)
-    largest = max(math.prod(frame.original), math.prod(frame.canvas))
-    rows = max(1, CHUNK // largest)
-    for start in range(0, len(embeddings), rows):
-        some = slice(start, start + rows)
-        logits = torch.einsum("nm,mhw->nhw", embeddings[some], pixels)
-        torch.gt(frame.restore_map(logits), 0, out=masks[some])
-    return masks
+def check_mask_options(masks: bool, points: int, weight: float) -> None:
+    """Raise ValueError for an option that would do nothing, because there are no masks."""
+    for name, given, usual in (("mask_points", points, POINTS), ("mask_weight", weight, WEIGHT)):
+        if not masks and given != usual:
+            raise ValueError(f"{name}: is of masks; set `masks: true` too, or leave it out")

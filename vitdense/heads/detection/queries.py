@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from vitdense.heads.base import Head
-from vitdense.heads.detection.masks import MaskBranch, restore_masks
+from vitdense.heads.detection.masks import MaskBranch, check_mask_options
 from vitdense.losses.dot_masks import DotMasks
 from vitdense.losses.set_criterion import Queries, SetCriterion
 from vitdense.ops.boxes import relative_to_xyxy
+from vitdense.ops.restoring import restore_products
 from vitdense.structures import Frame, Level, Prediction, Size, Target, Task
 
 SUPPRESSED = 10
@@ -61,14 +62,18 @@ class QueryHead(Head):
         self.masks: MaskBranch | None = None
         self.mask_points, self.mask_weight = 0, 0.0
 
-    def add_masks(self, finest: int, width: int, points: int, weight: float) -> None:
+    def add_masks(self, wanted: bool, finest: int, width: int, points: int, weight: float) -> None:
         """Answer masks beside boxes, and learn them; see `MaskBranch` and `DotMasks`.
 
         Args:
+            wanted: else nothing is added, and ValueError raised for options that need masks.
             finest: index of the finest level that the encoder reads.
             width: of queries and cells.
             points, weight: of the mask losses.
         """
+        check_mask_options(wanted, points, weight)
+        if not wanted:
+            return
         self.task = "instance"
         self.mask_points, self.mask_weight = points, weight
         self.masks = MaskBranch(self.levels, finest, width)
@@ -120,7 +125,7 @@ class QueryHead(Head):
             found, its_queries = self._suppress(found, chosen[i])
             if outputs.pixels is not None:
                 embeddings = outputs.details["embeddings"][-1, i, its_queries].float()
-                found.masks = restore_masks(embeddings, outputs.pixels[i].float(), frame)
+                found.masks = restore_products(embeddings, outputs.pixels[i].float(), frame)
             answers.append(found)
         return answers
 

@@ -108,8 +108,7 @@ class RTDetrHead(TwoStageHead):
         last = partial(project, inner, width, 1, 1) if project_memory else nn.Identity
         self.memory = nn.ModuleList(last() for _ in range(num_levels))
         self.criterion = make_criterion(class_loss, self.decoder)
-        if masks:
-            self.add_masks(self.input_levels[0], width, mask_points, mask_weight)
+        self.add_masks(masks, self.input_levels[0], width, mask_points, mask_weight)
 
     def forward(self, features: list[Tensor], targets: list[Target] | None = None) -> QueryOutputs:
         """Outputs with C = num_classes logits."""

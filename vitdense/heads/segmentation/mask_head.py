@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from vitdense.heads.base import Head
 from vitdense.heads.segmentation.base import classify
 from vitdense.losses.mask_criterion import MaskCriterion
+from vitdense.losses.matcher import full_precision
 from vitdense.ops.masks import masks_to_boxes
 from vitdense.ops.panoptic import merge_masks
 from vitdense.ops.restoring import restore_masks
@@ -25,12 +26,13 @@ class MaskOutputs:
 
     Attributes:
         logits: float [L, B, Q, C + 1], the last class is "no object".
-        masks: L floats [B, Q, h, w], logits over the canvas; a list, to stack them would copy.
+        masks: L floats [B, Q, h, w], logits over the canvas; a list, to stack them would copy, and
+            in the precision of the computation, as they are only read at points or a few at a time.
         canvas: (height, width) in pixels.
     """
 
     logits: Tensor
-    masks: list[Tensor]
+    masks: list[Tensor] = field(metadata={"own_type": True})
     canvas: Size
 
 
@@ -78,7 +80,7 @@ class MaskHead(Head):
     def semantic_logits(self, outputs: MaskOutputs) -> Tensor:
         """How far each pixel belongs to each class, float [B, C, h, w] in 0..Q over the canvas."""
         classes = outputs.logits[-1].softmax(-1)[..., :-1]
-        return torch.einsum("bqc,bqhw->bchw", classes, outputs.masks[-1].sigmoid())
+        return torch.einsum("bqc,bqhw->bchw", classes, full_precision(outputs.masks[-1]).sigmoid())
 
     def probabilities(self, scores: Tensor) -> Tensor:
         """The share of each class: the scores are sums of probabilities already, no logits."""

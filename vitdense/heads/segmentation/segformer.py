@@ -33,7 +33,7 @@ class SegFormerHead(SemanticHead):
         losses: dict[str, PositiveFloat] | None = None,  # weights by name; null = cross_entropy
         class_weights: list[NonNegativeFloat]
         | Literal["inverse", "median"]
-        | None = None,  # for the cross entropy: one per class, or by how rare they are
+        | None = None,  # for the entropies: one per class, or by how rare they are
         label_smoothing: Fraction = 0.0,  # for the cross entropy
     ) -> None:
         super().__init__(levels, num_classes, losses, class_weights, label_smoothing)
