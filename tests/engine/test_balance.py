@@ -62,3 +62,15 @@ def test_outlines_and_calibration_are_in_the_results(tmp_path: Path) -> None:
     text = TEXT.format(root=tmp_path / "data", out=tmp_path / "run", weights="null", rare="null")
     results = train(loads(text, "test"))
     assert 0 <= results["mBIoU"] <= 1 and 0 < results["ECE"] < 1
+
+
+@pytest.mark.parametrize("metric", ["null", "panoptic"])
+def test_the_panoptic_metric_knows_the_things_of_the_data(metric: str, tmp_path: Path) -> None:
+    text = TEXT.format(root=tmp_path, out=tmp_path, weights="null", rare="null")
+    text = text.replace(
+        "metric: {name: miou, boundary: 0.02, calibration: true}", f"metric: {metric}"
+    )
+    built = build.build_metric(loads(text, "test"), "panoptic", ["sky", "cat"], [False, True])
+    assert built.things == [False, True]
+    without = build.build_metric(loads(text, "test"), "panoptic", ["sky", "cat"])
+    assert without.things is None

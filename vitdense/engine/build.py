@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vitdense.config import Config
@@ -165,17 +165,22 @@ def build_metric(
     if image_classes:
         pixels = build_metric(config, task, classes, things, frequencies=frequencies)
         return Several([pixels, ImageLabels(list(image_classes))])
-    if config.metric is not None:
-        metric: Metric = config.metric(classes)
+    named = None
+    if things is not None:
+        named = [label for label, thing in zip(classes, things, strict=True) if thing]
+    part = config.metric
+    if part is not None:
+        if "things" in part.options and part.options["things"] is None:
+            part = replace(part, options={**part.options, "things": named})
+        metric: Metric = part(classes)
         metric.frequencies = frequencies
         return metric
     if task not in METRIC_OF:
         raise ValueError(f"metric: none is built in for the task {task!r}; name one in the config")
     name, given = METRIC_OF[task]
     options: dict[str, Any] = dict(given)
-    if task == "panoptic" and things is not None:
-        pairs = zip(classes, things, strict=True)
-        options["things"] = [label for label, thing in pairs if thing]
+    if task == "panoptic":
+        options["things"] = named
     return METRICS.get(name)(classes, **options)
 
 
