@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vitdense.cli import main
@@ -74,3 +75,21 @@ def _check_parity(ours: Model, theirs: nn.Module, pixels: Tensor, atol64: float 
         assert logits.std() > 0.01
         torch.testing.assert_close(logits, expected.logits, atol=atol, rtol=0)
         torch.testing.assert_close(boxes, expected.pred_boxes, atol=atol, rtol=0)
+
+
+@pytest.fixture
+def check_names_of_memory(convert: Convert, tmp_path: Path) -> Callable[[Any], None]:
+    """The same model from a file with transformers 5's names in memory, which are not its files'."""
+
+    def check(theirs: Any) -> None:
+        ours = convert(theirs).state_dict()
+        saved = tmp_path / "theirs" / "model.safetensors"
+        state = {name: value.contiguous() for name, value in theirs.state_dict().items()}
+        assert load_file(saved).keys() != state.keys()
+        save_file(state, saved, {"format": "pt"})
+        again = tmp_path / "again.safetensors"
+        assert main(["convert", str(tmp_path / "theirs"), "--out", str(again)]) == 0
+        found = load_model(again)[0].state_dict()
+        assert all(torch.equal(found[name], ours[name]) for name in ours)
+
+    return check

@@ -7,13 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BeitConfig, BeitForSemanticSegmentation
 
 from vitdense.cli import main
-from vitdense.convert.conversion import convert as convert_file
-from vitdense.engine.checkpoint import load_model
 from vitdense.structures import IGNORE, Target
 
 SHAPE = dict(
@@ -52,16 +49,8 @@ def test_logits_and_loss(convert: Any, scatter: Any) -> None:
         torch.testing.assert_close(loss, expected.loss, atol=atol, rtol=0)
 
 
-def test_names_of_transformers_5s_memory(convert: Any, tmp_path: Path) -> None:
-    theirs = make()
-    ours = convert(theirs).state_dict()
-    saved = tmp_path / "theirs" / "model.safetensors"
-    state = {name: value.contiguous() for name, value in theirs.state_dict().items()}
-    assert load_file(saved).keys() != state.keys()
-    save_file(state, saved, {"format": "pt"})
-    convert_file(str(tmp_path / "theirs"), tmp_path / "again.safetensors")
-    again = load_model(tmp_path / "again.safetensors")[0].state_dict()
-    assert all(torch.equal(again[name], ours[name]) for name in ours)
+def test_names_of_transformers_5s_memory(check_names_of_memory: Any) -> None:
+    check_names_of_memory(make())
 
 
 def test_what_cannot_be_converted_is_named(tmp_path: Path, capsys: Any) -> None:

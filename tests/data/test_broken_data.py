@@ -129,6 +129,15 @@ def test_masks_wanted_but_not_there(coco):
     assert re.search("annotation 1: segmentation is missing: give a list", coco_message(coco, True))
 
 
+def test_masks_that_are_all_empty(coco, caplog):
+    for entry in coco.content["annotations"]:
+        entry["segmentation"] = []
+    assert re.search("instances_train.json: .* boxes alone; leave out", coco_message(coco, True))
+    coco.content["annotations"][0]["segmentation"] = [[1, 1, 9, 1, 9, 9]]
+    CocoDataset(coco.write(), "train", masks=True)
+    assert "annotations have boxes but no mask" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "deep/../../val/x.png"])
 def test_paths_that_leave_the_root(coco, name):
     coco.content["images"][1]["file_name"] = name

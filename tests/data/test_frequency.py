@@ -14,7 +14,7 @@ from vitdense.data.base import shown_labels
 from vitdense.data.coco import CocoDataset
 from vitdense.data.coco_panoptic import CocoPanopticDataset
 from vitdense.data.folders import FoldersDataset
-from vitdense.data.frequency import count_pixels, images_with_class, pixels_per_image
+from vitdense.data.frequency import class_frequencies, images_with_class, pixels_per_image
 from vitdense.data.shapes import ShapesDataset
 from vitdense.data.voc import VocDataset
 
@@ -25,8 +25,9 @@ def test_counts_of_label_maps(tmp_path, monkeypatch):
     (root / "classes.txt").write_text("sky\nroad\ntree\ncar\n")
     dataset = FoldersDataset(root, "train")
     monkeypatch.setattr(images, "_decode", None)  # no image is read
-    counts = count_pixels(dataset)
+    counts, shared = class_frequencies(dataset)
     assert counts.dtype == torch.int64 and counts.tolist() == [192 + 384, 384, 384, 0]
+    assert shared.tolist() == [576 + 768, 576, 768, 0]
     assert pixels_per_image(dataset).tolist() == [[192, 384, 0, 0], [384, 0, 384, 0]]
     expected = [[True, True, False, False], [True, False, True, False]]
     assert images_with_class(dataset).tolist() == expected
@@ -35,7 +36,8 @@ def test_counts_of_label_maps(tmp_path, monkeypatch):
 def test_equals_numpy_on_generated_maps(shapes_root):
     dataset = ShapesDataset(shapes_root, "val", task="semantic", images=24, size=96)
     maps = [dataset[index].target.semantic.numpy() for index in range(len(dataset))]
-    assert count_pixels(dataset).tolist() == np.bincount(np.ravel(maps), minlength=6).tolist()
+    expected = np.bincount(np.ravel(maps), minlength=6)
+    assert pixels_per_image(dataset).sum(0).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("task", ["instance", "panoptic"])
@@ -71,4 +73,4 @@ def test_presence_among_objects(tmp_path):
     present = images_with_class(boxes)
     assert present.shape == (2, 20) and present.sum(1).tolist() == [1, 1]  # no difficult person
     with pytest.raises(ValueError, match="this data set has none"):
-        count_pixels(panoptic)
+        class_frequencies(panoptic)

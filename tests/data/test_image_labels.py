@@ -56,6 +56,13 @@ def test_every_split_has_the_labels_of_the_whole_file(root: Path) -> None:
     check_splits(train, val)
 
 
+def test_what_the_data_set_knows_of_its_classes_stays_known(root: Path) -> None:
+    dataset = files(root)
+    dataset.things, dataset.frequencies = [False, True], ["f", "r"]
+    labelled = LabelledDataset(dataset, write(root, ROWS))
+    assert (labelled.things, labelled.frequencies) == ([False, True], ["f", "r"])
+
+
 def test_the_order_of_a_model_that_knows_more(root: Path) -> None:
     path = write(root, ROWS)
     data = LabelledDataset(files(root), path, ["dog", "horse", "cat"])

@@ -241,7 +241,7 @@ def test_the_host_waits_for_the_matches_and_the_classes_of_a_map(task, copies, m
 @pytest.mark.parametrize("task", TASKS)
 def test_missing_truth_is_named(task):
     logits, masks = make_predictions(1, 1)
-    with pytest.raises(ValueError, match=f"head for {task}"):
+    with pytest.raises(ValueError, match=f"the task {task} is learnt from .* set `"):
         MaskCriterion()(logits, masks, [Target()], task)
 
 

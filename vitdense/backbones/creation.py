@@ -169,6 +169,8 @@ def _missing_keys() -> Iterator[list[str]]:
     found: list[str] = []
 
     class Collector(logging.Handler):
+        """Reads the names out of timm's line."""
+
         def emit(self, record: logging.LogRecord) -> None:
             match = re.match(r"Missing keys \((.*?)\)", record.getMessage())
             if match:

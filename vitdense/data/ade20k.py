@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 from pydantic import NonNegativeInt
 
 from vitdense.data.base import DataError
@@ -13,7 +12,7 @@ from vitdense.data.deep import check_range
 from vitdense.data.images import inside, list_images, read_labels
 from vitdense.data.label_maps import label_table, labels_in, look_up
 from vitdense.data.layouts import Layout, find_layout
-from vitdense.data.segments import MapDataset, check_maps
+from vitdense.data.segments import MapDataset, paired_names
 from vitdense.registry import DATASETS
 from vitdense.structures import IGNORE, Target
 
@@ -49,11 +48,7 @@ class Ade20kDataset(MapDataset):
         super().__init__(root, split)
         self.range = check_range(range)
         self.annotations, self.images = find_layout(self.root, split, LAYOUTS, annotations, images)
-        self.names = np.array(list_images(self.images))
-        if not len(self.names):
-            raise DataError(f"{self.images}: no images in this folder")
-        maps = {str(name): f"{Path(str(name)).stem}.png" for name in self.names}
-        check_maps(self.annotations, set(list_images(self.annotations)), maps)
+        self.names = paired_names(self.images, self.annotations)
         first = int(reduce_zero_label)
         self.classes = read_classes(self._classes_file(classes, first), first)
         self.category_ids = [first + label for label, _ in enumerate(self.classes)]

@@ -9,9 +9,9 @@ import numpy as np
 
 from vitdense.data.base import DataError
 from vitdense.data.classes import read_entries
-from vitdense.data.images import inside, list_images, read_image
+from vitdense.data.images import inside, read_image
 from vitdense.data.layouts import Layout, find_layout
-from vitdense.data.segments import MapDataset, check_maps, number, objects
+from vitdense.data.segments import MapDataset, number, objects, paired_names
 from vitdense.registry import DATASETS
 from vitdense.structures import Target
 
@@ -51,11 +51,7 @@ class Ade20kInstanceDataset(MapDataset):
     ) -> None:
         super().__init__(root, split)
         self.annotations, self.images = find_layout(self.root, split, LAYOUTS, annotations, images)
-        self.names = np.array(list_images(self.images))
-        if not len(self.names):
-            raise DataError(f"{self.images}: no images in this folder")
-        maps = {str(name): f"{Path(str(name)).stem}.png" for name in self.names}
-        check_maps(self.annotations, set(list_images(self.annotations)), maps)
+        self.names = paired_names(self.images, self.annotations)
         entries = self._entries(classes)
         self.category_ids, self.classes = list(entries), list(entries.values())
 

@@ -92,10 +92,23 @@ class CocoFile:
         self.area = np.array(areas, dtype=np.float32)[order]
         self.starts = np.searchsorted(owners[order], np.arange(len(self.names) + 1))
         if segmentations:
-            texts = [json.dumps(entries[i].get("segmentation")).encode() for i in order]
+            found = [entries[i].get("segmentation") for i in order]
+            self._check_masks(found)
+            texts = [json.dumps(each).encode() for each in found]
             self._segments = b"".join(texts)
             self._segment_ends = np.cumsum([0, *map(len, texts)])
         del self._index, self._label_of  # worker processes share the arrays alone
+
+    def _check_masks(self, segmentations: list[Any]) -> None:
+        """A file of boxes alone must not pass for one whose masks are all empty."""
+        empty = sum(each == [] for each in segmentations)
+        if empty and empty == len(segmentations):
+            raise DataError(
+                f"{self.path}: the segmentation of every annotation is empty: the file has boxes "
+                "alone; leave out `masks: true`, or take a file with masks"
+            )
+        if empty:
+            log.warning("%s: %d annotations have boxes but no mask", self.path, empty)
 
     def _owner(self, entry: dict[str, Any]) -> int:
         place = self._index.get(entry.get("image_id"))

@@ -48,11 +48,6 @@ def repeat_factors(dataset: Dataset, rare: float) -> Tensor:
     return torch.where(shown, factors, 1.0).amax(1)
 
 
-def count_pixels(dataset: Dataset) -> Tensor:
-    """int64 [C]: pixels of each class over all images; see `pixels_per_image`."""
-    return pixels_per_image(dataset).sum(0)
-
-
 def images_with_class(dataset: Dataset) -> Tensor:
     """bool [images, C]: whether an image shows a class, by `Dataset.labels`.
 

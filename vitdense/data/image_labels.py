@@ -41,7 +41,7 @@ class LabelledDataset(Dataset):
         super().__init__(files.root, files.split)
         self.files, self.path, self.range = files, path, files.range
         self.classes, self.category_ids = files.classes, files.category_ids
-        self.things = files.things
+        self.things, self.frequencies = files.things, files.frequencies
         rows = read_image_labels(path)
         self.image_classes = sorted(set().union(*rows.values())) if classes is None else classes
         if not self.image_classes:

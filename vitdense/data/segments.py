@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from vitdense.data.base import DataError, Dataset
-from vitdense.data.images import inside, read_image
+from vitdense.data.images import inside, list_images, read_image
 from vitdense.ops.masks import split_masks
 from vitdense.structures import IGNORE, Sample, Size, Target
 
@@ -100,6 +100,19 @@ def classes_of(numbers: NDArray[Any], labels: NDArray[Any]) -> Target:
     """The label map of objects that do not overlap: the class of each pixel, IGNORE for none."""
     table = np.concatenate([[IGNORE], labels]).astype(np.uint8)
     return Target(semantic=torch.from_numpy(table[numbers]))
+
+
+def paired_names(images: Path, maps: Path) -> NDArray[Any]:
+    """Names of the images in a folder, each of which has a PNG of its name in the other.
+
+    Raises:
+        DataError: there is no image, or a map is missing.
+    """
+    names = list_images(images)
+    if not names:
+        raise DataError(f"{images}: no images in this folder")
+    check_maps(maps, set(list_images(maps)), {name: f"{Path(name).stem}.png" for name in names})
+    return np.array(names)
 
 
 def check_maps(folder: Path, there: set[str], maps: dict[str, str]) -> None:

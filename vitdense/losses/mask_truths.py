@@ -48,7 +48,10 @@ class MaskTruths:
         labels = [target.labels for target in targets if target.labels is not None]
         masks = [target.masks for target in targets if target.masks is not None]
         if not len(labels) == len(masks) == len(targets):
-            raise ValueError(f"targets: a head for {task} needs the labels and the masks of each")
+            raise ValueError(
+                f"targets: the task {task} is learnt from masks, and these have none; set `masks: "
+                f"true` of the data set coco, or `task: {task}` of one that has it"
+            )
         void = torch.stack([~each.any(0) for each in masks]) if task == "panoptic" else None
         return cls._collect(labels, masks, void)
 
@@ -56,7 +59,10 @@ class MaskTruths:
     def _from_semantic(cls, targets: list[Target]) -> Self:
         maps = [target.semantic for target in targets if target.semantic is not None]
         if len(maps) != len(targets):
-            raise ValueError("targets: a head for semantic needs the semantic map of each")
+            raise ValueError(
+                "targets: the task semantic is learnt from label maps, and these have none; set "
+                "`task: semantic` of a data set that has it"
+            )
         semantic = torch.stack(maps).long()
         present = torch.zeros(len(maps), IGNORE + 1, device=semantic.device, dtype=torch.bool)
         present.scatter_(1, semantic.flatten(1), True)

@@ -51,12 +51,7 @@ def check_dataset(
     found = [dataset[index] for index in indices]
     for index, sample in enumerate(found):
         _check_sample(name, sample, dataset)
-        labels = dataset.labels(index)
-        require(
-            _equal(labels, shown_labels(sample.target)),
-            f"{name}.labels({index}) is {labels.tolist()}, and the truth shows "
-            f"{shown_labels(sample.target).tolist()}: int64, each once, ascending, without crowds",
-        )
+        _check_labels(name, dataset.labels(index), sample.target, index)
     ids = [sample.image_id for sample in found]
     require(
         len(set(ids)) == len(ids), f"{name}: two samples have one image_id; metrics need unique ids"
@@ -78,6 +73,15 @@ def check_dataset(
         dataset[0].image.shape[0] == 1,
         f"{name}: with `channels = 1` the image still has {dataset[0].image.shape[0]} channels; "
         "decode to self.channels: the engine sets it to what the model takes",
+    )
+
+
+def _check_labels(name: str, labels: Tensor, target: Target, index: int) -> None:
+    shown = shown_labels(target)
+    require(
+        _equal(labels, shown),
+        f"{name}.labels({index}) is {labels.tolist()}, and the truth shows {shown.tolist()}: "
+        "int64, each once, ascending, without crowds",
     )
 
 
