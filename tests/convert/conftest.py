@@ -79,7 +79,7 @@ def _check_parity(ours: Model, theirs: nn.Module, pixels: Tensor, atol64: float 
 
 @pytest.fixture
 def check_names_of_memory(convert: Convert, tmp_path: Path) -> Callable[[Any], None]:
-    """The same model from a file with transformers 5's names in memory, which are not its files'."""
+    """The same model from a file with the names that transformers 5 has in memory alone."""
 
     def check(theirs: Any) -> None:
         ours = convert(theirs).state_dict()
