@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from vitdense.config import Part
 from vitdense.data.lvis import LvisDataset
 from vitdense.engine.build import build_metric
 from vitdense.metrics.image_labels import Several
@@ -175,7 +176,7 @@ def test_flags_must_be_one_per_class() -> None:
 
 @pytest.mark.parametrize("image_classes", [[], ["day", "night"]])
 def test_a_run_tells_the_frequencies(image_classes: list[str]) -> None:
-    config: Any = SimpleNamespace(metric=LvisMetric)
+    config: Any = SimpleNamespace(metric=Part("metric", "lvis"))
     metric = build_metric(config, "detection", ["a", "b"], None, image_classes, ["r", "f"])
     parts = metric.metrics if isinstance(metric, Several) else [metric]
     assert parts[0].frequencies == ["r", "f"] and {"APr", "APc", "APf"} <= set(parts[0].compute())
