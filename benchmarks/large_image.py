@@ -111,9 +111,12 @@ def measure(way: str, options: argparse.Namespace, file: Path) -> None:
     image = torch.randint(0, 256, (3, *content), dtype=torch.uint8)
     sample = Sample(image, Target(), 0, (height, width), Path("image"))
     (batch,) = collate([sample], divisor=DIVISOR, training=False)
-    window = {"window": options.window, "overlap": options.overlap, "blend": options.blend}
+    window = {
+        "window": options.window, "overlap": options.overlap, "blend": options.blend,
+        "batch_size": options.batch,
+    }  # fmt: skip
     looks = window if way == "windows" else {}
-    inference = Inference(flip=options.flip, batch_size=options.batch, **looks)
+    inference = Inference(flip=options.flip, **looks)
     check_inference(inference, model)
     # On a CPU, other processes do not count.
     clock = time.perf_counter if device.type == "cuda" else time.process_time

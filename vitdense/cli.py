@@ -16,6 +16,9 @@ USER_ERRORS = (
     ("vitdense.config.errors", "ConfigError"),
     ("vitdense.data.base", "DataError"),
     ("vitdense.engine.checkpoint", "CheckpointError"),
+    ("vitdense.engine.memory", "OutOfMemory"),
+    ("vitdense.engine.peers", "FailedProcess"),
+    ("vitdense.engine.peers", "LostProcess"),
     ("vitdense.engine.tally", "NonFiniteLoss"),
     ("vitdense.convert.source", "ConversionError"),
 )
@@ -23,15 +26,18 @@ USER_ERRORS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 for bad data, 2 for a bad config or call."""
+    """Run one command; returns the exit status.
+
+    0: done; 1: bad data; 2: a bad config or call; 75: told to stop, go on with --resume.
+    """
     # Threads that wait must not spin for long: a loader's worker or another job wants the core.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     args = parse(list(sys.argv[1:] if argv is None else argv))
     try:
         args.run(args)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print(str(error) or "interrupted", file=sys.stderr)
+        return getattr(error, "status", 130)
     except BrokenPipeError:
         # The reader has gone, as in `vitdense list | head`; keep Python from flushing again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -39,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not is_for_user(error):
             raise
         print(f"error: {error}", file=sys.stderr)
-        return 1 if type(error).__name__ == "DataError" else 2
+        data = "DataError" in (kind.__name__ for kind in type(error).__mro__)
+        return getattr(error, "status", 1 if data else 2)
     return 0
 
 
@@ -58,6 +65,13 @@ def train(args: argparse.Namespace) -> None:
     from vitdense.engine.train import train
 
     train(checked, resume=args.resume)
+
+
+def replay(args: argparse.Namespace) -> None:
+    """run the step again at which the loss was not finite, and say where it breaks"""
+    from vitdense.engine.replay import replay
+
+    print(replay(args.folder, args.overrides))
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -95,6 +109,10 @@ def score(args: argparse.Namespace) -> None:
         args.predictions,
         backend=args.backend,
         max_detections=args.max_detections,
+        iou_type=args.iou_type,
+        split=args.split,
+        iou=args.iou,
+        points=11 if args.points == "11" else "all",
         classes=args.classes,
         first_label=args.first_label,
         ignore=args.ignore,
@@ -172,6 +190,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, run, add_arguments in (
         ("train", train, _train_arguments),
+        ("replay", replay, _replay_arguments),
         ("eval", evaluate, _eval_arguments),
         ("predict", predict, _predict_arguments),
         ("score", score, _score_arguments),
@@ -198,7 +217,14 @@ def _override_arguments(command: argparse.ArgumentParser) -> None:
 
 def _train_arguments(command: argparse.ArgumentParser) -> None:
     _config_arguments(command)
-    command.add_argument("--resume", action="store_true", help="continue the run in its folder")
+    text = "continue the run in its folder; start it where there is none, leave it where it is done"
+    command.add_argument("--resume", action="store_true", help=text)
+
+
+def _replay_arguments(command: argparse.ArgumentParser) -> None:
+    text = "folder of the run, or one under its faults/"
+    command.add_argument("folder", type=Path, metavar="FOLDER", help=text)
+    _override_arguments(command)
 
 
 def _eval_arguments(command: argparse.ArgumentParser) -> None:
@@ -226,18 +252,26 @@ def _predict_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _score_arguments(command: argparse.ArgumentParser) -> None:
-    kinds = ("bbox", "segm", "panoptic", "semantic")
+    kinds = ("bbox", "segm", "panoptic", "semantic", "voc", "lvis")
     command.add_argument("--kind", choices=kinds, required=True, help="what is compared")
-    text = "annotation file of COCO, or folder of label maps (semantic)"
+    text = "annotation file of COCO or LVIS, or folder of label maps (semantic) or of VOC"
     command.add_argument("--truth", type=Path, required=True, metavar="T", help=text)
-    text = "result file of COCO, or folder of label maps (semantic)"
+    text = "result file of COCO, or folder of label maps (semantic) or of VOC's detection files"
     command.add_argument("--predictions", type=Path, required=True, metavar="P", help=text)
     backends = ("auto", "device", "pycocotools", "hotcoco", "faster-coco-eval")
     text = "who computes boxes and masks; all give the same (default %(default)s)"
     command.add_argument("--backend", choices=backends, default="auto", help=text)
-    text = "best detections of an image and class that count (default %(default)s)"
-    command.add_argument("--max-detections", type=int, default=100, metavar="N", help=text)
-    text = "class names of label maps; by default classes.json or .txt beside them or above"
+    text = "best detections of an image and class that count (100), for lvis of an image (300)"
+    command.add_argument("--max-detections", type=int, metavar="N", help=text)
+    text = "lvis: what is compared; by default masks if the predictions have them"
+    command.add_argument("--iou-type", choices=("bbox", "segm"), help=text)
+    text = "voc: the list of images in ImageSets/Main (default val)"
+    command.add_argument("--split", help=text)
+    text = "voc: overlap from which a detection is right (default %(default)s)"
+    command.add_argument("--iou", type=float, default=0.5, help=text)
+    text = "voc: average precision at 11 recalls, as until VOC2009, or at all (default)"
+    command.add_argument("--points", choices=("11", "all"), default="all", help=text)
+    text = "class names of label maps and VOC; by default classes.json or .txt beside them or above"
     command.add_argument("--classes", type=Path, metavar="FILE", help=text)
     text = "label of the first class where that file tells no labels; 1 = 0 is ignored (default 1)"
     command.add_argument("--first-label", type=int, choices=(0, 1), default=1, help=text)

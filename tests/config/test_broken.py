@@ -50,6 +50,10 @@ CASES = {
         ("channels: 64", "channels: wide"),
         "config.yaml:3: model.head.channels: expected a positive whole number, got 'wide'",
     ),
+    "option of windows without windows": (
+        ("train: {", "inference: {overlap: 0.5}\ntrain: {"),
+        "config.yaml:8: inference.overlap: is for windows; set inference.window too, or remove it",
+    ),
     "number where a boolean belongs": (
         ("vit_tiny_patch16_224", "{name: vit_tiny_patch16_224, pretrained: 1}"),
         "config.yaml:2: model.backbone.pretrained: expected true or false, got 1",

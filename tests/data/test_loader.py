@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
@@ -71,6 +72,27 @@ def equal(a: Batch, b: Batch) -> bool:
     return all(getattr(a, name) == getattr(b, name) for name in rest) and all(
         torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(flat(a), flat(b), strict=True)
     )
+
+
+class DrawsElsewhere(Policy):
+    """Adds numbers of the generators that parts of a user's own may use."""
+
+    def train(self, sample: Sample) -> Sample:
+        sample.target.area = torch.tensor([random.random(), np.random.random()])
+        return sample
+
+    evaluate = train
+
+
+def test_every_generator_is_seeded_and_left_as_it_was() -> None:
+    dataset = Numbers([(8, 8)] * 6)
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    whole = take(training_loader(dataset, DrawsElsewhere(), 2, workers=0), 4)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+    resumed = take(training_loader(dataset, DrawsElsewhere(), 2, workers=1, start_step=2), 2)
+    assert all(map(equal, whole[2:], resumed))
+    drawn = torch.cat([target.area for batch in whole for target in batch.targets])
+    assert len(drawn.unique()) == 16
 
 
 @pytest.mark.parametrize("task", ["instance", "semantic"])

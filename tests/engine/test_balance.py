@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from vitdense.config import loads
+from vitdense.config import Part, loads
 from vitdense.data.frequency import class_frequencies, repeat_factors
 from vitdense.engine import build
 from vitdense.engine.run import Run
 from vitdense.engine.runtime import Runtime
 from vitdense.engine.train import train
 from vitdense.losses.pixels import balance
+from vitdense.metrics.object_metric import ObjectMetric
+from vitdense.structures import Task
 
 TEXT = """
 model: {{backbone: resnet18, head: {{name: linear, class_weights: {weights}}}}}
@@ -74,3 +79,40 @@ def test_the_panoptic_metric_knows_the_things_of_the_data(metric: str, tmp_path:
     assert built.things == [False, True]
     without = build.build_metric(loads(text, "test"), "panoptic", ["sky", "cat"])
     assert without.things is None
+
+
+@pytest.mark.parametrize("name", ["coco", "lvis"])
+def test_a_metric_that_is_named_compares_what_the_task_answers(name: str) -> None:
+    def built(task: Task, **options: Any) -> ObjectMetric:
+        config: Any = SimpleNamespace(metric=Part("metric", name, options))
+        metric = build.build_metric(config, task, ["a"])
+        assert isinstance(metric, ObjectMetric)
+        return metric
+
+    assert built("instance", iou_type=None).iou_type == "segm"
+    assert built("detection", iou_type=None).iou_type == "bbox"
+    assert built("instance", iou_type="bbox").iou_type == "bbox"
+    assert built("instance", iou_type="boundary").iou_type == "boundary"
+
+
+def test_other_processes_take_the_counts_of_the_main_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = TEXT.format(root=tmp_path / "data", out=tmp_path, weights="inverse", rare="0.9")
+    config = loads(text, "test")
+    data = build.build_data(config)
+    main, other = (build.build_model(config, data) for _ in range(2))
+    said: list[Any] = []
+    monkeypatch.setattr(Runtime, "agree", lambda _, value: said.append(value) or value)
+    build.weigh_classes(main, data.train, replace(CPU, world_size=2))
+    next(build.training_loader(config, data, main, replace(CPU, world_size=2)))
+
+    counts = iter(said)
+    monkeypatch.setattr(Runtime, "agree", lambda _, value: next(counts) if value is None else value)
+    monkeypatch.setattr(build, "class_frequencies", pytest.fail)
+    monkeypatch.setattr(build, "repeat_factors", pytest.fail)
+    build.weigh_classes(other, data.train, replace(CPU, rank=1, world_size=2))
+    next(build.training_loader(config, data, other, replace(CPU, rank=1, world_size=2)))
+    assert torch.equal(
+        main.head.criterion.class_weights, other.head.criterion.class_weights
+    )  # fmt: skip

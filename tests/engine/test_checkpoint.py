@@ -66,7 +66,7 @@ def test_foreign_files_are_named(tmp_path: Path) -> None:
 
 
 def test_state_is_loaded_without_running_code(tmp_path: Path) -> None:
-    path = tmp_path / "last.pt"
+    path = tmp_path / "state.pt"
     with pytest.raises(CheckpointError, match="not found"):
         checkpoint.load_state(path)
     torch.save({"model": nn.Linear(1, 1)}, path)
@@ -75,15 +75,16 @@ def test_state_is_loaded_without_running_code(tmp_path: Path) -> None:
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "last.pt"
+    path = tmp_path / "state.pt"
     checkpoint.save_state(path, {"step": 1})
 
     def write(partial: Path) -> None:
         partial.write_bytes(b"half of it")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CheckpointError, match=r"state.pt: cannot be written: disk full"):
         checkpoint.write_atomic(path, write)
+    assert [item.name for item in tmp_path.iterdir()] == ["state.pt"]
     assert checkpoint.load_state(path) == {"step": 1}
 
 

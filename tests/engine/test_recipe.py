@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from vitdense.config import Config, loads
-from vitdense.engine import build, checkpoint
+from vitdense.engine import build
 from vitdense.engine import train as train_module
 from vitdense.engine.runtime import Runtime
+from vitdense.engine.states import States
 from vitdense.engine.train import train
 from vitdense.structures import Batch
 
@@ -138,10 +139,7 @@ def test_a_recipe_goes_on_exactly_after_an_interruption(
         with pytest.raises(KeyboardInterrupt):
             train(halves)
     train(halves, resume=True)
-    states = [
-        checkpoint.load_state(config.output / "checkpoints" / "last.pt")
-        for config in (whole, halves)
-    ]
+    states = [States(config.output / "checkpoints").load()[1] for config in (whole, halves)]
     for part in ("model", "ema"):
         ours, theirs = ((s[part].get("model", s[part])) for s in states)
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitdense.engine import runtime
+from vitdense.layers.norm import BatchNorm
 
 
 def draw() -> tuple[float, float, float]:
@@ -70,3 +71,16 @@ def test_outputs_become_fp32_in_any_container() -> None:
 def test_large_maps_keep_their_type() -> None:
     maps = [torch.ones(2, dtype=torch.bfloat16)]
     assert runtime.to_float(Outputs(maps[0], None, (4, 5), maps)).maps is maps
+
+
+def test_batch_norms_become_synchronised() -> None:
+    """Those of timm keep their activation, and all keep the names of their weights."""
+    from timm.layers import BatchNormAct2d
+
+    model = nn.Sequential(BatchNormAct2d(4), nn.Sequential(BatchNorm(4), nn.GroupNorm(2, 4)))
+    names, place = list(model.state_dict()), runtime.Runtime(torch.device("cuda"), 0, 2)
+    assert runtime.Runtime(torch.device("cpu")).synchronize_norms(model) is model
+    found = place.synchronize_norms(model)
+    assert isinstance(found[0], nn.SyncBatchNorm) and isinstance(found[0].act, nn.ReLU)
+    assert isinstance(found[1][0], nn.SyncBatchNorm) and isinstance(found[1][1], nn.GroupNorm)
+    assert list(found.state_dict()) == names

@@ -19,6 +19,7 @@ from vitdense.engine import build, checkpoint, runtime, stopping
 from vitdense.engine import run as run_module
 from vitdense.engine import train as train_module
 from vitdense.engine.evaluate import evaluate
+from vitdense.engine.states import States
 from vitdense.engine.tally import NonFiniteLoss
 from vitdense.engine.train import train
 
@@ -83,7 +84,7 @@ def records(config: Config, kind: str) -> list[dict[str, Any]]:
 
 
 def state(config: Config) -> dict[str, Any]:
-    return checkpoint.load_state(config.output / "checkpoints" / "last.pt")
+    return States(config.output / "checkpoints").load()[1]
 
 
 def assert_same(ours: Any, theirs: Any, where: str = "state") -> None:
@@ -219,13 +220,17 @@ def test_accumulation_equals_a_larger_batch(make: Make) -> None:
 def test_a_faulty_loss_stops_the_run(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     from vitdense.heads.segmentation.linear import LinearHead
 
-    calls, original = [0], LinearHead.loss
+    at, original, original_step = [-1], LinearHead.loss, train_module.step
+
+    def step(run: Any, batches: Any) -> None:
+        at[0] = run.step
+        original_step(run, batches)
 
     def loss(self: LinearHead, *args: Any) -> dict[str, torch.Tensor]:
-        calls[0] += 1
         terms = original(self, *args)
-        return {name: term * (torch.nan if calls[0] == 3 else 1) for name, term in terms.items()}
+        return {name: term * (torch.nan if at[0] == 2 else 1) for name, term in terms.items()}
 
+    monkeypatch.setattr(train_module, "step", step)
     monkeypatch.setattr(LinearHead, "loss", loss)
     config = make("train.evaluations=1", "train.checkpoint_every=1")
     with pytest.raises(NonFiniteLoss, match=r"step 2: .* cross_entropy = nan; images: .*\.jpg, "):
@@ -284,8 +289,6 @@ def test_epochs_are_passes_over_the_data(make: Make) -> None:
 
 def test_a_folder_is_never_overwritten(make: Make) -> None:
     config = make("train.steps=1")
-    with pytest.raises(ValueError, match="^output: .* holds no run to resume; leave out --resume"):
-        train(config, resume=True)
     results = train(config)
     with pytest.raises(ValueError, match="^output: .*already holds a run.*--resume.*output="):
         train(config)

@@ -249,3 +249,20 @@ def test_things_are_set_from_outside_and_are_part_of_the_weights():
 def test_an_unknown_task_is_named():
     with pytest.raises(ValueError, match="task: is 'detection'"):
         make_head("detection")
+
+
+def test_suppression_drops_the_lesser_mask_of_a_class_alone():
+    masks = torch.full((4, 16, 24), -9.0)
+    masks[:3, 2:10, 2:10] = 9.0  # the second and the third lie in the same place as the first
+    masks[3, 4:12, 12:20] = 9.0
+    logits = torch.full((4, CLASSES + 1), -9.0)
+    logits[:, -1] = 0.0
+    for query, (label, score) in enumerate([(0, 2.0), (0, 3.0), (1, 1.0), (0, 0.0)]):
+        logits[query, label] = score
+    outputs = MaskOutputs(logits[None, None], [masks[None]], CANVAS)
+    (all_,) = make_head("instance", max_detections=4).predict(outputs, [FRAME])
+    (kept,) = make_head("instance", max_detections=4, nms=0.5).predict(outputs, [FRAME])
+    assert all_.labels.tolist() == [0, 0, 1, 0] and kept.labels.tolist() == [0, 1, 0]
+    places = torch.tensor([0, 2, 3])
+    for name in ("scores", "boxes", "masks"):
+        assert torch.equal(getattr(kept, name), getattr(all_, name)[places])

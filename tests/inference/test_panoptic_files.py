@@ -122,6 +122,12 @@ def test_score_of_the_files_is_the_evaluation(root, model, tmp_path, capsys):
     assert {"PQth", "PQst"} <= set(from_files)
 
 
+def numbers_of(image):
+    """The whole map of segments, and what is said of them."""
+    size = image.colors.shape[:2]
+    return image.numbers(torch.arange(size.numel())).view(size), image.infos
+
+
 def test_maps_and_entries_are_cocos(tmp_path):
     panoptic = torch.zeros(6, 300, dtype=torch.long)
     panoptic[1:3, :] = torch.arange(300)
@@ -135,7 +141,7 @@ def test_maps_and_entries_are_cocos(tmp_path):
     )
     path = writer.close()
     found = read_panoptic(path)
-    map_, infos, _ = found.segments("x")
+    map_, infos = numbers_of(found.image("x"))
     assert torch.equal(map_, panoptic)
     assert len(infos) == 299
     first, second = infos[0], infos[1]
@@ -154,5 +160,5 @@ def test_an_image_without_segments(tmp_path):
     )
     writer = PanopticMaps(tmp_path, IDS)
     writer.add(ImageFile(Path("x.jpg"), "x", 7), nothing)
-    map_, infos, _ = read_panoptic(writer.close()).segments(7)
+    map_, infos = numbers_of(read_panoptic(writer.close()).image(7))
     assert infos == [] and not map_.any()

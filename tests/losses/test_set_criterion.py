@@ -23,7 +23,7 @@ from vitdense.losses.classification import (
     VarifocalLoss,
 )
 from vitdense.losses.matcher import Truths, match
-from vitdense.losses.set_criterion import Queries, SetCriterion, count_truths
+from vitdense.losses.set_criterion import Queries, SetCriterion
 from vitdense.structures import Target
 
 CANVAS = (80, 100)
@@ -208,19 +208,6 @@ def test_extreme_predictions_have_finite_losses_and_gradients(kind):
         assert all(value.isfinite() for value in losses.values())
         assert queries.boxes.grad.isfinite().all()
         assert queries.logits.grad.isfinite().all()
-
-
-def test_number_of_truths_is_at_least_one():
-    assert count_truths(Truths.from_targets(make_targets(0, 0), CANVAS)) == 1
-    assert count_truths(Truths.from_targets(make_targets(4, 2), CANVAS)) == 6
-
-
-def test_number_of_truths_is_averaged_over_ranks(monkeypatch):
-    ranks = torch.distributed
-    monkeypatch.setattr(ranks, "is_initialized", lambda: True)
-    monkeypatch.setattr(ranks, "get_world_size", lambda: 2)
-    monkeypatch.setattr(ranks, "all_reduce", lambda count: count.add_(5))  # the other rank's
-    assert count_truths(Truths.from_targets(make_targets(0, 0), CANVAS)) == 2.5
 
 
 def test_focal_loss_equals_torchvision():

@@ -113,6 +113,17 @@ def test_equals_the_plain_algorithm(seed: int) -> None:
     assert 0 < numbers["PQ"] < 1 and "PQ/absent" not in numbers
 
 
+def test_images_are_matched_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    images = [random_image(rng) for _ in range(7)]
+    monkeypatch.setattr("vitdense.metrics.panoptic.PENDING", 3)
+    metric = PanopticQuality(CLASSES, things=THINGS)
+    for image_id, image in enumerate(images):
+        count(metric, image_id, image)
+    assert metric.compute() == pytest.approx(reference(images), abs=1e-12)
+    assert metric.compute() == pytest.approx(reference(images), abs=1e-12)  # nothing counts twice
+
+
 def test_void_and_crowd_by_hand() -> None:
     """A segment mostly on void is not wrong, one mostly on a crowd of its class neither."""
     truth = np.array([[0, 0, 1, 1, 2, 2]])
@@ -123,6 +134,7 @@ def test_void_and_crowd_by_hand() -> None:
     assert set(numbers) == {"PQ", "SQ", "RQ", "PQ/car", "SQ/car", "RQ/car"}
     assert metric.sums.T[:2].tolist() == [[0, 0, 0, 0], [0, 0, 1, 1]]
     count(metric, 2, (truth, [0, 1], [False, False], np.array([[0, 0, 1, 1, 2, 2]]), [1, 1]))
+    metric.compute()
     assert metric.sums.T[:2].tolist() == [[0, 0, 0, 1], [1, 1, 2, 1]]
 
 

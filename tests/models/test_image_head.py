@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 from vitdense.backbones.timm import TimmBackbone
 from vitdense.heads.image import ImageHead
+from vitdense.models.base import Model
+from vitdense.models.eomt import EomtModel
 from vitdense.models.pyramid import PyramidModel
 from vitdense.registry import HEADS, NECKS
 from vitdense.structures import Frame, Target
@@ -32,7 +34,7 @@ def build(pooling: str | None = "mean", backbone: Any = VIT, **options: Any) -> 
     return PyramidModel(3, 2, backbone=backbone, image_head=pooling, **options)  # type: ignore[arg-type]
 
 
-def images_of(model: PyramidModel, count: int = 2) -> torch.Tensor:
+def images_of(model: Model, count: int = 2) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     size = (count, model.in_chans, 64, 64)
     return torch.randint(256, size, dtype=torch.uint8, generator=generator)
@@ -108,6 +110,34 @@ def test_attention_weighs_cells_for_each_label() -> None:
         torch.testing.assert_close(head(map_)[:, label], expected)
 
 
+EOMT = {"backbone": partial(VIT, patch_size=8), "queries": 5, "blocks": 1, "mask_points": 64}
+
+
+@pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
+@pytest.mark.parametrize("pooling", ["mean", "attention", "token"])
+def test_eomt_conforms(pooling: str, task: str) -> None:
+    check_model(EomtModel, image_classes=3, image_head=pooling, task=task, **EOMT)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "token"])
+def test_eomt_reads_patches_or_class_token_behind_its_queries(pooling: str) -> None:
+    torch.manual_seed(0)
+    model = EomtModel(3, 2, image_head=pooling, task="semantic", **EOMT).eval()  # type: ignore[arg-type]
+    images = images_of(model)
+    vit, queries = model.backbone.model, model.head.queries.weight
+    tokens = vit.norm_pre(vit._pos_embed(vit.patch_embed(model.normalize(images))))
+    tokens = torch.cat([queries.expand(2, -1, -1), vit.blocks[0](tokens)], 1)
+    tokens = vit.norm(vit.blocks[1](tokens))
+    pooled = tokens[:, 5] if pooling == "token" else tokens[:, 6:].mean(1)
+    outputs = model(images)
+    expected = model.image_head.classifier(model.image_head.norm(pooled))
+    torch.testing.assert_close(model.image_logits(outputs), expected)
+    frames = [Frame((64, 64), (64, 64), (30, 40))] * 2
+    for answer, logits in zip(model.predict(outputs, frames), expected, strict=True):
+        torch.testing.assert_close(answer.image_scores, logits.sigmoid())
+        assert answer.semantic.shape == (30, 40)
+
+
 def test_the_loss_is_binary_cross_entropy_over_images_that_have_labels() -> None:
     model = build(image_weight=0.5)
     outputs = model(images_of(model, 3))
@@ -126,6 +156,8 @@ def test_the_loss_is_binary_cross_entropy_over_images_that_have_labels() -> None
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^image_head: the data has no labels .*image_labels"):
         PyramidModel(3, backbone=VIT, head=HEADS.get("linear"), image_head="mean")
+    with pytest.raises(ValueError, match=r"^image_head: the data has no labels .*image_labels"):
+        EomtModel(3, image_head="mean", **EOMT)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^image_head: test_resnet has no class token.*mean or"):
         build("token", CONV, neck=None)
     with pytest.raises(ValueError, match=r"^image_head: .* take mean or attention"):

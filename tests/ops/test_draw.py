@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from vitdense.ops.draw import as_segments, draw, grid, palette, side_by_side
+from vitdense.ops.plates import Plates
 from vitdense.structures import IGNORE, Prediction, Target
 
 GREY = torch.full((3, 80, 120), 128, dtype=torch.uint8)
@@ -120,3 +122,27 @@ def test_colors_differ():
     apart = torch.cdist(colors, colors) + 1000 * torch.eye(20)
     assert apart.min() > 40
     assert palette(3) == palette(20)[:3]
+
+
+def test_plates_make_room_for_one_another():
+    from PIL import Image, ImageDraw
+
+    picture = Image.new("RGB", (200, 120))
+    plates = Plates(ImageDraw.Draw(picture))
+    for text in ("a star", "a star", "a star"):
+        plates.add(text, 80, 60, (255, 0, 0))
+    plates.add("on the edge", 190, 0, (0, 255, 0), centered=True)
+    cover = torch.zeros(120, 200)
+    for _, (x, y, right, bottom), _ in plates.names:
+        assert 0 <= x < right <= 200 and 0 <= y < bottom <= 120
+        cover[y:bottom, x:right] += 1
+    assert cover.max() == 1
+    for _ in range(9):  # more than there is room for
+        plates.add("a star", 80, 60, (0, 0, 255))
+    assert plates.names[-1][1] == plates.names[0][1]
+    plates.write()
+    shown = torch.from_numpy(np.array(picture))
+    x, y, right, bottom = plates.names[0][1]
+    assert torch.equal(
+        shown[y, x], torch.tensor([255, 0, 0], dtype=torch.uint8)
+    )  # the first lies on top

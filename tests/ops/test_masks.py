@@ -12,6 +12,7 @@ from pycocotools import mask as coco
 
 from vitdense.ops.masks import (
     decode_segmentation,
+    mask_nms,
     mask_to_rle,
     masks_to_boxes,
     polygons_to_mask,
@@ -105,3 +106,23 @@ def test_boxes_of_one_pixel_of_an_empty_mask_and_of_no_mask() -> None:
     masks[0, 2, 5] = True
     assert masks_to_boxes(masks).tolist() == [[5, 2, 6, 3], [0, 0, 0, 0]]
     assert masks_to_boxes(masks[:0]).shape == (0, 4)
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.9])
+def test_suppression_of_rectangles_is_that_of_their_boxes(threshold: float) -> None:
+    torch.manual_seed(0)
+    corners = torch.randint(0, 150, (60, 2))
+    boxes = torch.cat([corners, corners + torch.randint(20, 50, (60, 2))], 1)
+    masks = torch.zeros(60, 200, 200, dtype=torch.bool)
+    for mask, (x1, y1, x2, y2) in zip(masks, boxes.tolist(), strict=True):
+        mask[y1:y2, x1:x2] = True
+    labels, scores = torch.arange(60) % 2, torch.linspace(1, 0, 60)
+    expected = torchvision.ops.batched_nms(boxes.float(), scores, labels, threshold)
+    kept = mask_nms(masks, labels, threshold)
+    assert torch.equal(kept, expected)
+    assert (len(kept) < 60) == (threshold < 0.9)
+
+
+def test_suppression_of_no_mask() -> None:
+    nothing = torch.zeros(0, 5, 5, dtype=torch.bool)
+    assert mask_nms(nothing, torch.zeros(0, dtype=torch.int64), 0.5).shape == (0,)

@@ -83,6 +83,16 @@ class Data(Section):
         default="auto",
         description="processes that decode and augment; 0 = none beside the main one",
     )
+    faulty: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="at an image that cannot be read: stop, or skip it, count it and name it in "
+        "skipped.txt",
+    )
+    cache: Literal["memory"] | Folder | None = Field(
+        default=None,
+        description="where decoded images are kept for later epochs: memory, shared by all "
+        "processes, or a folder that stays for later runs; null = nowhere",
+    )
 
 
 def _decay(value: Any) -> Any:
@@ -106,12 +116,31 @@ class Train(Section):
     new_head: bool = Field(
         default=False, description="start the head anew where it is another than that of init"
     )
-    batch_size: PositiveInt = Field(default=16, description="images per step and device")
+    batch_size: PositiveInt | Literal["auto"] = Field(
+        default=16,
+        description="images per step and device; auto = as many as its memory takes",
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         default="auto",
         description="of the computation; auto = bf16 on a GPU that has it, else fp32",
     )
+    compile: Bool = Field(
+        default=False,
+        description="compile the model by torch.compile: slow first steps, then faster ones",
+    )
+    channels_last: Bool = Field(
+        default=False, description="lay images and kernels out as convolutions on GPUs like them"
+    )
     accumulate: PositiveInt = Field(default=1, description="batches whose gradients make one step")
+    sync_batch_norm: Bool = Field(
+        default=False,
+        description="batch norms see the images of all processes, on GPUs",
+    )
+    shard: Bool = Field(
+        default=False,
+        description="split weights, gradients and optimizer over the processes (FSDP2), for models "
+        "too large for one GPU; alone it changes nothing",
+    )
     clip: PositiveFloat | None = Field(
         default=0.1, description="largest norm of the gradient; null = any"
     )
@@ -125,7 +154,23 @@ class Train(Section):
     evaluations: PositiveInt = Field(
         default=5, description="evaluations, spread evenly over the run; the last is at its end"
     )
+    best: Str | None = Field(
+        default=None,
+        description="the number of an evaluation that says which model is the best one, as AP50 or "
+        "IoU/road; null = the metric's own: AP, mIoU, PQ",
+    )
+    patience: PositiveInt | None = Field(
+        default=None,
+        description="evaluations without a better number after which the run ends; null = none",
+    )
+    observers: tuple[Literal["csv", "tensorboard", "wandb", "mlflow"], ...] = Field(
+        default=("tensorboard",),
+        description="who keeps the curves, beside metrics.jsonl and the console",
+    )
     checkpoint_every: PositiveInt = Field(default=500, description="steps between checkpoints")
+    keep: PositiveInt = Field(
+        default=2, description="latest checkpoints that stay, beside the best model"
+    )
     pictures: NonNegativeInt = Field(
         default=4, description="pictures of predictions beside truth at each evaluation"
     )
@@ -239,6 +284,14 @@ class Inference(Section):
     def _some_scale(self) -> Inference:
         if not self.scales:
             raise ValueError("scales: give one or more; [1.0] is the image as it is prepared")
+        return self
+
+    @model_validator(mode="after")
+    def _windows_for_their_options(self) -> Self:
+        # `window: null`, as in the config.yaml of a run, says that the others are not in use
+        if "window" not in self.model_fields_set:
+            for key in sorted({"overlap", "blend", "batch_size"} & self.model_fields_set):
+                raise ValueError(f"{key}: is for windows; set inference.window too, or remove it")
         return self
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 
 from vitdense.registry import Span
 from vitdense.structures import IGNORE, Sample, Size, Target
+
+if TYPE_CHECKING:
+    from vitdense.data.cache import ImageCache
 
 
 class Dataset:
@@ -27,6 +30,7 @@ class Dataset:
         image_classes: names of the labels of whole images; none unless it has such.
         channels: channels to decode images to; the engine sets it to what the model takes.
         range: values of images deeper than 8 bits that become 0 and 255; None = their type's.
+        cache: where decoded images are kept; the engine sets it.
     """
 
     classes: list[str]
@@ -36,6 +40,7 @@ class Dataset:
     image_classes: Sequence[str] = ()
     channels: int = 3
     range: tuple[float, float] | None = None
+    cache: ImageCache | None = None
 
     def __init__(self, root: Path, split: str) -> None:
         self.root = Path(root)
@@ -47,6 +52,13 @@ class Dataset:
     def __getitem__(self, index: int) -> Sample:
         """Sample with image and truth in original pixels; raises DataError naming the image."""
         raise NotImplementedError
+
+    def read_image(self, path: Path, size: Size | None = None) -> Tensor:
+        """As `data.images.read_image` with this set's channels and range, from the cache if any."""
+        from vitdense.data.images import read_image
+
+        read = read_image if self.cache is None else self.cache.read
+        return read(path, self.channels, size, self.range)
 
     def target(self, index: int) -> Target:
         """The truth alone, in original pixels; most data sets read no image for it."""
@@ -110,6 +122,10 @@ class Policy:
             closing: the run is in its last span, `close`.
         """
         return self
+
+    def largest(self, divisor: int) -> Size | None:
+        """The largest canvas that a training batch can have; None where the images decide."""
+        return None
 
     def evaluate(self, sample: Sample) -> Sample:
         """Resize the image alone: truth stays in original pixels."""

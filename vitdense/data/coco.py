@@ -10,7 +10,7 @@ import torch
 from vitdense.data.base import DataError, Dataset
 from vitdense.data.coco_file import CocoFile
 from vitdense.data.deep import check_range
-from vitdense.data.images import inside, read_image
+from vitdense.data.images import inside
 from vitdense.data.layouts import Layout, find_layout
 from vitdense.registry import DATASETS
 from vitdense.structures import Sample, Size, Target
@@ -61,7 +61,7 @@ class CocoDataset(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         path, size = self.image_path(index), self._file.size(index)
-        image = read_image(path, self.channels, size, self.range)
+        image = self.read_image(path, size)
         image_id = self._file.image_ids[index].item()
         return Sample(image, self.target(index), image_id, size, path)
 

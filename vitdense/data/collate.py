@@ -94,10 +94,12 @@ class PackedBatch:
 
     @classmethod
     def pack(cls, batch: Batch) -> PackedBatch:
-        """Copy all tensors into one."""
+        """Copy all tensors into one, in memory that processes share."""
         tensors = _tensors(batch)
         skeleton = batch._map(lambda tensor: tensor.to("meta"))
-        packed = cls(skeleton, torch.empty(sum(map(_room, tensors)), dtype=torch.uint8))
+        # Here, because where there is too little of it the queue would lose the batch in silence.
+        data = torch.empty(sum(map(_room, tensors)), dtype=torch.uint8).share_memory_()
+        packed = cls(skeleton, data)
         for place, tensor in zip(_tensors(packed.unpack()), tensors, strict=True):
             place.copy_(tensor)
         return packed

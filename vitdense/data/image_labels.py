@@ -54,7 +54,7 @@ class LabelledDataset(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> Sample:
-        self.files.channels = self.channels
+        self.files.channels, self.files.cache = self.channels, self.cache
         sample = self.files[index]
         return replace(sample, target=self._label(sample.target, index))
 

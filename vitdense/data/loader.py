@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import logging
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -17,9 +17,44 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from vitdense.data.base import DataError, Dataset, Policy
 from vitdense.data.collate import PackedBatch, collate
+from vitdense.data.workers import CAUSES, WorkerError, Workers, count, ignore_interrupts, iterate
 from vitdense.structures import Batch, Sample
 
-Workers = int | Literal["auto"]
+log = logging.getLogger(__name__)
+
+Faulty = Literal["stop", "skip"]
+"""What becomes of an image that cannot be read: an error, or another one takes its place."""
+
+ATTEMPTS = 100
+"""Images that are tried in place of one; if none can be read, it is a fault of them all."""
+
+
+class ImageError(DataError):
+    """One image or its truth cannot be read; others may be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """An image that was left out.
+
+    Attributes:
+        split: of the data set that it is in.
+        name: its file.
+        reason: what the data set says of it.
+    """
+
+    split: str
+    name: str
+    reason: str
+
+
+Report = Callable[[Unreadable], None]
+"""Is told of each image that is left out, in the main process, when its batch is due."""
+
+
+def warn(image: Unreadable) -> None:
+    """Say it in the log."""
+    log.warning("%s is left out: %s", image.name, image.reason)
 
 
 def training_loader(
@@ -29,6 +64,8 @@ def training_loader(
     divisor: int = 1,
     *,
     workers: Workers = "auto",
+    faulty: Faulty = "stop",
+    report: Report = warn,
     seed: int = 0,
     start_step: int = 0,
     closing: Callable[[int], bool] | None = None,
@@ -46,19 +83,23 @@ def training_loader(
     Args:
         batch_size: images per step and process.
         divisor: canvas sizes are multiples of it.
+        faulty: `skip` takes another image, drawn from the same random numbers, in place of one
+            that cannot be read, so that batches stay full and the order stays exact.
         closing: whether a step is in the policy's last span; by default none is.
         repeats: [images], how often each image is seen in relation to the others; a pass still
             has as many images as the data set. By default all are seen once.
 
     Raises:
-        DataError: a file is missing or wrong, from whatever process found it.
+        DataError: a file is missing or wrong, from whatever process found it; with `skip`, so
+            are the images that were tried in its place.
+        WorkerError: a process that reads images died.
     """
     policy.check(dataset)
     order = partial(_order, len(dataset), repeats, seed)
     steps = _Steps(len(dataset), batch_size, order, start_step, closing, rank, world_size)
-    read = _TrainingReader(dataset, policy, seed, divisor)
+    read = _TrainingReader(dataset, policy, seed, divisor, faulty == "skip")
     join = partial(_join, divisor=divisor, canvas=None, training=True)
-    return _batches(_loader(read, steps, join, _count(workers)))
+    return _batches(_loader(read, steps, join, count(workers)), report)
 
 
 def evaluation_loader(
@@ -68,6 +109,8 @@ def evaluation_loader(
     divisor: int = 1,
     *,
     workers: Workers = "auto",
+    faulty: Faulty = "stop",
+    report: Report = warn,
     rank: int = 0,
     world_size: int = 1,
 ) -> EvaluationLoader:
@@ -76,15 +119,20 @@ def evaluation_loader(
     Only images of equal canvases share a batch, so that no answer depends on its neighbours: up
     to `batch_size` images, fewer where sizes differ and the policy has no fixed canvas.
 
+    Args:
+        faulty: `skip` leaves out images that cannot be read.
+
     Raises:
-        DataError: a file is missing or wrong, from whatever process found it.
+        DataError: a file is missing or wrong, from whatever process found it; with `skip`, all
+            images are.
+        WorkerError: a process that reads images died.
     """
     mine = list(range(rank, len(dataset), world_size))
     steps = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    read = _EvaluationReader(dataset, policy)
+    read = _EvaluationReader(dataset, policy, faulty == "skip")
     join = partial(_join, divisor=divisor, canvas=policy.canvas, training=False)
-    count = min(_count(workers), len(steps))
-    return EvaluationLoader(_loader(read, steps, join, count, keep=True), len(mine))
+    processes = min(count(workers), len(steps))
+    return EvaluationLoader(_loader(read, steps, join, processes, keep=True), len(mine), report)
 
 
 @dataclass
@@ -92,14 +140,23 @@ class EvaluationLoader:
     """Batches over a data set, or a process's share of it.
 
     Attributes:
-        images: how many there are in all batches together.
+        images: how many there are in all batches together, but for those that are left out.
     """
 
     loader: DataLoader
     images: int
+    report: Report = warn
 
     def __iter__(self) -> Iterator[Batch]:
-        return _batches(self.loader)
+        missing: list[Unreadable] = []
+
+        def note(image: Unreadable) -> None:
+            missing.append(image)
+            self.report(image)
+
+        yield from _batches(self.loader, note)
+        if missing and len(missing) == self.images:
+            raise DataError(f"{missing[0].reason}; none of the {self.images} images can be read")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,16 +214,59 @@ def _order(
     Returns:
         [images, 2]: the index, and how often it has come before in this pass.
     """
-    random = np.random.default_rng((seed, epoch))
+    generator = np.random.default_rng((seed, epoch))
     if repeats is None:
-        order = random.permutation(images)
+        order = generator.permutation(images)
         return np.stack([order, np.zeros_like(order)], 1)
     # systematic sampling: no image is seen more than one time too often or too rarely
     ends = np.cumsum(repeats) * (images / repeats.sum())
-    chosen = np.searchsorted(ends, np.arange(images) + random.random(), side="right")
+    chosen = np.searchsorted(ends, np.arange(images) + generator.random(), side="right")
     chosen = chosen.clip(max=images - 1)
     again = np.arange(images) - np.searchsorted(chosen, chosen)
-    return random.permutation(np.stack([chosen, again], 1))
+    return generator.permutation(np.stack([chosen, again], 1))
+
+
+_Found = tuple[list[Sample], list[Unreadable]]
+"""Samples, and what was left out on the way to them."""
+
+
+@dataclass
+class _Images:
+    """The images of a data set; if `skip`, others where they cannot be read."""
+
+    dataset: Dataset
+    skip: bool
+    unreadable: list[Unreadable] = field(default_factory=list)
+
+    def read(self, index: int) -> Sample:
+        for _ in range(ATTEMPTS):
+            sample = self.try_to_read(index)
+            if sample is not None:
+                return sample
+            index = int(torch.randint(len(self.dataset), ()))
+        raise DataError(
+            f"{self.unreadable[-1].reason}; {ATTEMPTS} images in a row could not be read, so the "
+            "fault is not one of single files: look at data.root"
+        )
+
+    def try_to_read(self, index: int) -> Sample | None:
+        """The sample; if `skip`, None where it cannot be read."""
+        try:
+            return self.dataset[index]
+        except DataError as error:
+            if not self.skip:
+                raise ImageError(str(error)) from None
+            self.unreadable.append(Unreadable(self.dataset.split, self._name(index), str(error)))
+            return None
+
+    def draw(self) -> Sample:
+        return self.read(int(torch.randint(len(self.dataset), ())))
+
+    def _name(self, index: int) -> str:
+        try:
+            return str(self.dataset.image_path(index))
+        except DataError as error:  # a data set that has to read an image for it
+            return str(error).partition(": ")[0]
 
 
 @dataclass
@@ -177,18 +277,17 @@ class _TrainingReader:
     policy: Policy
     seed: int
     divisor: int
+    skip: bool
 
-    def __getitems__(self, step: _Step) -> list[Sample | DataError]:
+    def __getitems__(self, step: _Step) -> _Found | DataError:
         with _seeded(np.random.SeedSequence(self.seed, spawn_key=(step.number,))):
             policy = self.policy.for_batch(self.divisor, step.closing)
-        return [self._read(policy, index, key) for index, key in step.images]
+        images = _Images(self.dataset, self.skip)
+        return _or_fault(images, lambda: [self._read(policy, images, *it) for it in step.images])
 
-    def _read(self, policy: Policy, index: int, key: tuple[int, ...]) -> Sample | DataError:
+    def _read(self, policy: Policy, images: _Images, index: int, key: tuple[int, ...]) -> Sample:
         with _seeded(np.random.SeedSequence((self.seed, *key))):
-            return _or_fault(lambda: policy.compose(self.dataset[index], self._draw))
-
-    def _draw(self) -> Sample:
-        return self.dataset[int(torch.randint(len(self.dataset), ()))]
+            return policy.compose(images.read(index), images.draw)
 
 
 @dataclass
@@ -197,45 +296,69 @@ class _EvaluationReader:
 
     dataset: Dataset
     policy: Policy
+    skip: bool
 
-    def __getitems__(self, indices: list[int]) -> list[Sample | DataError]:
-        return [self._read(index) for index in indices]
+    def __getitems__(self, indices: list[int]) -> _Found | DataError:
+        images = _Images(self.dataset, self.skip)
+        return _or_fault(images, lambda: [it for i in indices for it in self._read(images, i)])
 
-    def _read(self, index: int) -> Sample | DataError:
+    def _read(self, images: _Images, index: int) -> list[Sample]:
         with _seeded(np.random.SeedSequence((0, index))):
-            return _or_fault(lambda: self.policy.evaluate(self.dataset[index]))
+            sample = images.try_to_read(index)
+            return [] if sample is None else [self.policy.evaluate(sample)]
 
 
 @contextmanager
 def _seeded(sequence: np.random.SeedSequence) -> Iterator[None]:
-    """Random numbers from here, and afterwards as if there had been none."""
-    with torch.random.fork_rng(devices=[]):
-        # Only the CPU's generator: torch.manual_seed would reset the accelerator's too.
-        torch.default_generator.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
-        yield
+    """Random numbers from here, and afterwards as if there had been none.
+
+    Those of Python and numpy too, which parts of a user's own may draw.
+    """
+    number = int(sequence.generate_state(1, np.uint64)[0])
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            # Only the CPU's generator: torch.manual_seed would reset the accelerator's too.
+            torch.default_generator.manual_seed(number)
+            random.seed(number)
+            np.random.seed(number & 0xFFFFFFFF)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
-def _or_fault(read: Callable[[], Sample]) -> Sample | DataError:
+def _or_fault(images: _Images, read: Callable[[], list[Sample]]) -> _Found | DataError:
     """Faults as values: an exception raised in a worker would come with its trace."""
     try:
-        return read()
+        return read(), images.unreadable
     except DataError as error:
         return error
 
 
-def _join(samples: list[Sample | DataError], **options: Any) -> list[Any] | DataError:
-    """Batches, or the first fault."""
-    for sample in samples:
-        if isinstance(sample, DataError):
-            return sample
-    batches = collate(samples, **options)  # type: ignore[arg-type]
-    return batches if get_worker_info() is None else [PackedBatch.pack(it) for it in batches]
+def _join(
+    found: _Found | DataError, **options: Any
+) -> tuple[list[Any], list[Unreadable]] | DataError:
+    """Batches with what was left out, or the first fault."""
+    if isinstance(found, DataError):
+        return found
+    samples, unreadable = found
+    batches = collate(samples, **options) if samples else []
+    if get_worker_info() is None:
+        return batches, unreadable
+    try:
+        return [PackedBatch.pack(batch) for batch in batches], unreadable
+    except (OSError, RuntimeError) as error:
+        return WorkerError(f"a batch could not be handed over ({error}): {CAUSES['SIGBUS']}")
 
 
-def _batches(loader: DataLoader) -> Iterator[Batch]:
-    for batches in loader:
-        if isinstance(batches, DataError):
-            raise batches
+def _batches(loader: DataLoader, report: Report) -> Iterator[Batch]:
+    for found in iterate(loader):
+        if isinstance(found, DataError):
+            raise found
+        batches, unreadable = found
+        for image in unreadable:
+            report(image)
         for batch in batches:
             yield batch if isinstance(batch, Batch) else batch.unpack()
 
@@ -246,24 +369,8 @@ def _loader(read: Any, steps: Any, join: Any, workers: int, keep: bool = False) 
         batch_sampler=steps,
         collate_fn=join,
         num_workers=workers,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=ignore_interrupts,
         persistent_workers=keep and workers > 0,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else making an iterator draws from the global state
     )
-
-
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches every process; the main one still wants batches to finish its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _count(workers: Workers) -> int:
-    """Worker processes: with a GPU its share of the cores up to 8, else fewer than the model."""
-    if workers != "auto":
-        return workers
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
-        cores = len(os.sched_getaffinity(0))
-    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(8, share) if torch.cuda.is_available() else min(2, share // 2)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from vitdense.data.base import DataError, Dataset
-from vitdense.data.images import inside, list_images, read_image
+from vitdense.data.images import inside, list_images
 from vitdense.ops.masks import split_masks
 from vitdense.structures import IGNORE, Sample, Size, Target
 
@@ -34,7 +34,7 @@ class MapDataset(Dataset):
     def __getitem__(self, index: int) -> Sample:
         target = self.target(index)
         path, size = self.image_path(index), map_size(target)
-        image = read_image(path, self.channels, size, self.range)
+        image = self.read_image(path, size)
         return Sample(image, target, self.image_id(index), size, path)
 
     def image_path(self, index: int) -> Path:

@@ -76,7 +76,7 @@ class ShapesDataset(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> Sample:
-        self.files.channels = self.channels
+        self.files.channels, self.files.cache = self.channels, self.cache
         return self.files[index]
 
     def target(self, index: int) -> Target:

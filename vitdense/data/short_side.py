@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from math import ceil
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
@@ -52,6 +53,10 @@ class ShortSidePolicy(Policy):
         mirror = bool(torch.rand(()) < self.flip)
         move = Movement(*window, content, canvas=content, mirror=mirror)
         return move(sample, partial(distort, chance=self.photometric))
+
+    def largest(self, divisor: int) -> Size | None:
+        side = ceil(self.longest * self.scale[1])  # of a wide image beside a tall one
+        return side, side
 
     def evaluate(self, sample: Sample) -> Sample:
         return replace(sample, image=resize(sample.image, self._fit(_image_size(sample))))

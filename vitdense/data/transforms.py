@@ -104,11 +104,17 @@ class DetectionPolicy(Policy):
             return self.canvas
         return _scaled(image, min(c / i for c, i in zip(self.canvas, image, strict=True)))
 
+    def largest(self, divisor: int) -> Size | None:
+        high = round(self.multi_scale[1] * CANVASES) / CANVASES
+        return self.canvas if high <= 1 else self._canvas_at(high, divisor)
+
     def _draw_canvas(self, divisor: int) -> Size:
         """One of a few sizes: as RT-DETR's 480, 512, ... 800 around 640."""
-        assert self.canvas is not None
         low, high = (round(factor * CANVASES) for factor in self.multi_scale)
-        factor = int(torch.randint(low, high + 1, ())) / CANVASES
+        return self._canvas_at(int(torch.randint(low, high + 1, ())) / CANVASES, divisor)
+
+    def _canvas_at(self, factor: float, divisor: int) -> Size:
+        assert self.canvas is not None
         height, width = (max(1, round(c * factor / divisor)) * divisor for c in self.canvas)
         return height, width
 
@@ -168,6 +174,9 @@ class SegmentationPolicy(Policy):
 
     def train(self, sample: Sample) -> Sample:
         return self._move(sample)(sample, partial(distort, chance=self.photometric))
+
+    def largest(self, divisor: int) -> Size | None:
+        return self.crop
 
     def evaluate(self, sample: Sample) -> Sample:
         if self.evaluation == "keep":

@@ -10,7 +10,7 @@ import torch
 
 from vitdense.data.base import DataError
 from vitdense.data.classes import find_classes, read_entries
-from vitdense.data.images import image_size, inside, list_images, read_image, read_labels
+from vitdense.data.images import image_size, inside, list_images, read_labels
 from vitdense.data.label_maps import label_table, look_up
 from vitdense.data.segments import MapDataset, check_maps, number, objects
 from vitdense.data.voc_file import read_objects, read_split
@@ -62,7 +62,7 @@ class VocDataset(MapDataset):
         if self.task != "detection":
             return super().__getitem__(index)
         path = inside(self.images, str(self.names[index]))
-        image = read_image(path, self.channels)
+        image = self.read_image(path)
         size = image.shape[1], image.shape[2]
         return Sample(image, self._boxes(index, size), self.image_id(index), size, path)
 

@@ -12,9 +12,10 @@ from vitdense.config.schema import Data as Source
 from vitdense.config.schema import Train
 from vitdense.data import loader
 from vitdense.data.base import DataError, Dataset, Policy
+from vitdense.data.cache import open_cache
 from vitdense.data.frequency import class_frequencies, repeat_factors
 from vitdense.data.image_labels import LabelledDataset, check_splits
-from vitdense.data.loader import EvaluationLoader
+from vitdense.data.loader import EvaluationLoader, Report, warn
 from vitdense.engine.checkpoint import changed, make_model, without_weights
 from vitdense.engine.runtime import Runtime, seed_step
 from vitdense.engine.schedule import Length
@@ -54,6 +55,7 @@ def build_data(config: Config) -> Data:
     data = Data(
         build_split(source, source.train), build_split(source, source.val), source.transforms()
     )
+    data.train.cache = data.val.cache = open_cache(source.cache, config.output)
     for split, dataset in ((source.train, data.train), (source.val, data.val)):
         if len(dataset) == 0:
             raise DataError(f"{source.root}: split '{split}' has no images")
@@ -102,8 +104,10 @@ def _set_things(model: Model, dataset: Dataset) -> None:
         model.set_things(dataset.things)
 
 
-def weigh_classes(model: Model, dataset: Dataset) -> None:
+def weigh_classes(model: Model, dataset: Dataset, runtime: Runtime) -> None:
     """Tell losses that make up for rare classes how often the data has each.
+
+    The main process counts for all.
 
     Raises:
         DataError: a label map is missing or wrong.
@@ -111,7 +115,7 @@ def weigh_classes(model: Model, dataset: Dataset) -> None:
     losses = [module for module in model.modules() if isinstance(module, DenseLoss)]
     losses = [loss for loss in losses if loss.balanced]
     if losses:
-        frequencies = class_frequencies(dataset)
+        frequencies = runtime.agree(class_frequencies(dataset) if runtime.is_main else None)
         for loss in losses:
             loss.set_frequencies(*frequencies)
 
@@ -170,15 +174,19 @@ def build_metric(
         named = [label for label, thing in zip(classes, things, strict=True) if thing]
     part = config.metric
     if part is not None:
-        if "things" in part.options and part.options["things"] is None:
-            part = replace(part, options={**part.options, "things": named})
+        facts = {"things": named, "iou_type": "segm" if task == "instance" else "bbox"}
+        options = {
+            name: facts[name] if value is None and name in facts else value
+            for name, value in part.options.items()
+        }
+        part = replace(part, options=options)
         metric: Metric = part(classes)
         metric.frequencies = frequencies
         return metric
     if task not in METRIC_OF:
         raise ValueError(f"metric: none is built in for the task {task!r}; name one in the config")
     name, given = METRIC_OF[task]
-    options: dict[str, Any] = dict(given)
+    options = dict(given)
     if task == "panoptic":
         options["things"] = named
     return METRICS.get(name)(classes, **options)
@@ -191,14 +199,19 @@ def training_loader(
     runtime: Runtime,
     start: int = 0,
     elapsed: Callable[[], float] = lambda: 0.0,
+    report: Report = warn,
 ) -> Iterator[Batch]:
     """Batches without end, from batch number `start` on.
 
     Args:
+        report: is told of images that are left out because they cannot be read.
         elapsed: seconds of training so far, for the policy's last span of a run in minutes.
     """
     length = build_length(config.train, len(data.train), runtime.world_size)
-    rare = config.data.rare
+    rare, repeats = config.data.rare, None
+    if rare is not None:
+        counted = repeat_factors(data.train, rare).numpy() if runtime.is_main else None
+        repeats = runtime.agree(counted)
 
     def closing(batch: int) -> bool:
         progress = length.progress(batch // config.train.accumulate, elapsed())
@@ -207,28 +220,32 @@ def training_loader(
     return loader.training_loader(
         data.train,
         data.policy,
-        config.train.batch_size,
+        batch_size(config.train),
         model.divisor,
         workers=config.data.workers,
+        faulty=config.data.faulty,
+        report=report,
         seed=config.seed,
         start_step=start,
         closing=closing,
-        repeats=None if rare is None else repeat_factors(data.train, rare).numpy(),
+        repeats=repeats,
         rank=runtime.rank,
         world_size=runtime.world_size,
     )
 
 
 def evaluation_loader(
-    config: Config, data: Data, model: Model, runtime: Runtime
+    config: Config, data: Data, model: Model, runtime: Runtime, report: Report = warn
 ) -> EvaluationLoader:
     """The validation split, once through each time it is iterated."""
     return loader.evaluation_loader(
         data.val,
         data.policy,
-        config.train.batch_size,
+        batch_size(config.train),
         model.divisor,
         workers=config.data.workers,
+        faulty=config.data.faulty,
+        report=report,
         rank=runtime.rank,
         world_size=runtime.world_size,
     )
@@ -246,4 +263,21 @@ def build_length(settings: Train, images: int, world_size: int = 1) -> Length:
 
 def images_per_step(settings: Train, world_size: int = 1) -> int:
     """Images of all processes that one optimizer step learns from."""
-    return settings.batch_size * settings.accumulate * world_size
+    return batch_size(settings) * settings.accumulate * world_size
+
+
+def batch_size(settings: Train) -> int:
+    """Images that a process reads at a time.
+
+    Raises:
+        ValueError: it is `auto`, which only training settles.
+    """
+    if settings.batch_size == "auto":
+        raise ValueError("train.batch_size: auto is for training; give a number")
+    return settings.batch_size
+
+
+def with_batch_size(config: Config, number: int) -> Config:
+    """The same config with another `train.batch_size`."""
+    train = config.train.model_copy(update={"batch_size": number})
+    return config.model_copy(update={"train": train})

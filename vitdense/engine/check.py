@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from vitdense.config import Config
-from vitdense.engine import build, runtime
+from vitdense.engine import build, runtime, summary
+from vitdense.engine.best import headline_of
 from vitdense.engine.build import Data
 from vitdense.engine.evaluate import answer as answer_batch
 from vitdense.engine.evaluate import check_inference, place
+from vitdense.engine.optim import build_optimizer
 from vitdense.engine.runtime import Runtime
 from vitdense.engine.tally import Tally
 from vitdense.models.base import Model
@@ -35,13 +37,13 @@ def check(config: Config) -> str:
         DataError: a file of the data set is missing or wrong.
         NonFiniteLoss: a term of the loss is infinite or not a number.
     """
-    start = time.perf_counter()
+    start, asked = time.perf_counter(), config
     config = shrink(config)
     where = runtime.start(config.device)
     data = build.build_data(config)
     model = build.build_model(config, data)
     started = build.start(config, data, model)
-    build.weigh_classes(model, data.train)
+    build.weigh_classes(model, data.train, where)
     model.to(where.device)
     labels = build.labels_of(model, data.train)
     train = data.train
@@ -49,13 +51,17 @@ def check(config: Config) -> str:
         config, model.task, train.classes, train.things, labels, train.frequencies
     )
     check_inference(config.inference, model, metric)
+    optimizer = build_optimizer(model, **dict(config.optimizer))
+    headline = headline_of(metric, config.train.best)
+    needs = summary.try_out(config, data, model, where)
     rows = [*describe_data(config, data), *describe_model(model)]
     rows += [
         ("start" if i == 0 else "", row) for i, row in enumerate(str(started or "").splitlines())
     ]
+    rows += summary.plan_rows(asked, data, model, optimizer, where, needs)
     rows += list(try_training(config, data, model, where))
     rows += list(try_prediction(config, data, model, where))
-    rows.append(("metric", f"{metric}, the best model by {metric.headline}"))
+    rows.append(("metric", f"{metric}, the best model by {headline.name}"))
     seconds = time.perf_counter() - start
     rows.append(
         ("all is well", f"on {where.device} in {seconds:.1f} s; a run goes to {config.output}")
@@ -66,9 +72,10 @@ def check(config: Config) -> str:
 
 def shrink(config: Config) -> Config:
     """The same config for a small batch, read by this process."""
-    size = min(config.train.batch_size, BATCH_SIZE)
+    asked = config.train.batch_size
+    size = BATCH_SIZE if asked == "auto" else min(asked, BATCH_SIZE)
     train = config.train.model_copy(update={"batch_size": size})
-    data = config.data.model_copy(update={"workers": 0})
+    data = config.data.model_copy(update={"workers": 0, "cache": None})
     return config.model_copy(update={"train": train, "data": data})
 
 

@@ -1,10 +1,14 @@
-"""What a run keeps: `checkpoints/last.pt` to resume from, `model.safetensors` to carry away."""
+"""Files that a run keeps, whole or not at all; `model.safetensors` is the one to carry away."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pickle
 import re
+import shutil
+import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
@@ -18,6 +22,9 @@ from vitdense.config import Part, dump, loads
 from vitdense.models.base import Model
 
 FORMAT = "vitdense"
+
+PARTIAL, ASIDE = ".partial", ".aside"
+"""How names end of what is being written, and of a folder that is being replaced."""
 
 
 class CheckpointError(Exception):
@@ -50,47 +57,125 @@ class Meta:
 
 
 def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a file beside `path`, then put it in its place: whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+    """Let `write` make a file or folder beside `path`, then put it in its place: whole or not.
+
+    Raises:
+        CheckpointError: it cannot be written, as on a full disk; what was there stays.
+    """
+    partial = path.with_name(f".{path.name}{PARTIAL}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        for item in (*partial.rglob("*"), partial):
+            _sync(item)
+        _move(partial, path)
+        _sync(path.parent)
+    except (OSError, RuntimeError) as error:  # torch's writer turns the one into the other
+        with contextlib.suppress(OSError):
+            remove(partial)
+        raise CheckpointError(f"{path}: cannot be written: {_reason(error)}") from error
+
+
+def _move(partial: Path, path: Path) -> None:
+    """In one step for a file; a folder has its forerunner out of the way for a moment."""
+    if path.is_dir():
+        aside = path.with_name(f".{path.name}{ASIDE}")
+        remove(aside)
+        path.rename(aside)
+        partial.rename(path)
+        remove(aside)
+    else:
+        partial.replace(path)
+
+
+def _sync(path: Path) -> None:
+    """Wait until the disk has a file, or a folder's names."""
+    if path.is_dir() and os.name == "nt":  # has no such thing
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with all in it, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _reason(error: BaseException) -> str:
+    """What the system says, which may hide behind other errors."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return str(error).partition("\n")[0]
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
+    """Write a text file atomically; raises CheckpointError."""
     write_atomic(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write a training state atomically."""
-    write_atomic(path, lambda partial: torch.save(state, partial))
+    """Write a training state atomically; raises CheckpointError."""
+    write_atomic(path, lambda partial: write_state(partial, state))
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Write a training state in place; raises OSError."""
+    # through a file of Python's: torch's own says nothing of why it failed
+    with path.open("wb") as file:
+        torch.save(state, file)
 
 
 def load_state(path: Path) -> dict[str, Any]:
     """Read a training state, tensors on the CPU; runs no code from the file.
 
     Raises:
-        CheckpointError: the file is absent or unreadable.
+        CheckpointError: the file is absent, torn, or none of vitdense.
     """
     if not path.exists():
         raise CheckpointError(f"{path}: not found; there is nothing to resume, leave out --resume")
     try:
+        with zipfile.ZipFile(path) as archive:
+            torn = archive.testzip()  # torch itself does not look at the sums
+        if torn is not None:
+            raise CheckpointError(f"{path}: is torn: {torn} in it is not what was written")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"{path}: is no checkpoint of vitdense ({error})") from error
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(f"{path}: is torn, or no checkpoint of vitdense ({error})") from error
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path}: is no checkpoint of vitdense ({reason})") from error
 
 
 def save_model(path: Path, model: nn.Module, meta: Meta) -> None:
-    """Write weights and what is needed to use them into one safetensors file."""
+    """Write a model's weights and what is needed to use them into one safetensors file."""
+    save_weights(path, model.state_dict(), meta)
+
+
+def save_weights(path: Path, weights: dict[str, Tensor], meta: Meta) -> None:
+    """The same from a `state_dict`; raises CheckpointError if it cannot be written."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     fields = {name: value for name, value in asdict(meta).items() if name != "config"}
     metadata = {"format": "pt", "config": meta.config, FORMAT: json.dumps(fields)}
-    tensors = _separate(model.state_dict())
-    write_atomic(path, lambda partial: save_file(tensors, partial, metadata))
+    tensors = _separate(weights)
+
+    def write(partial: Path) -> None:
+        try:
+            save_file(tensors, partial, metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+    write_atomic(path, write)
 
 
 def _separate(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from vitdense.config.schema import Inference
+from vitdense.engine.memory import explained_answer
 from vitdense.engine.runtime import autocast, to_float
 from vitdense.engine.views import Advance, Glances, segment
 from vitdense.heads.base import Head
 from vitdense.metrics.base import Metric
 from vitdense.models.base import Model
-from vitdense.models.pyramid import PyramidModel
+from vitdense.models.headed import HeadedModel
 from vitdense.structures import Batch, Prediction
 
 Watcher = Callable[[Batch, list[Prediction]], None]
@@ -59,6 +60,7 @@ def evaluate(
     return metric.compute()
 
 
+@explained_answer
 @torch.no_grad()
 def answer(
     model: Model,
@@ -119,7 +121,7 @@ def _without_scores(model: Model) -> str | None:
     """The class that should have `semantic_logits` and has not."""
     if type(model).semantic_logits is Model.semantic_logits:
         return type(model).__name__
-    if isinstance(model, PyramidModel):
+    if isinstance(model, HeadedModel):
         missing = type(model.head).semantic_logits is Head.semantic_logits
         return type(model.head).__name__ if missing else None
     return None

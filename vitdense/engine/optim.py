@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import SGD, AdamW, Optimizer
 
 from vitdense.models.base import Model
@@ -42,6 +43,7 @@ def build_optimizer(
     device = next(model.parameters()).device
     fused = device.type in FUSED
     if name == "sgd":
+        fused &= not isinstance(next(model.parameters()), DTensor)  # torch has no such kernel
         return SGD(groups, lr=lr, momentum=momentum, fused=fused)
     return AdamW(groups, lr=lr, betas=betas, fused=fused)
 
@@ -144,6 +146,40 @@ def _backbone_scales(
         yield f"backbone.{name}", backbone_scale * layer_decay ** (top - depths[name])
 
 
-def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:
-    """Scale gradients down to a norm of `limit`; returns the norm before, on the device."""
-    return nn.utils.clip_grad_norm_(model.parameters(), limit)
+def named_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
+    """What the optimizer remembers of each parameter, by the parameter's name."""
+    names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[parameter]: dict(kept) for parameter, kept in optimizer.state.items()}
+
+
+def load_named_state(optimizer: Optimizer, model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Go on from `named_state`; rates and decays stay as they are, whatever they were then.
+
+    A parameter without a state, as one that was frozen, starts anew.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    order = [names[it] for group in optimizer.param_groups for it in group["params"]]
+    kept = {index: state[name] for index, name in enumerate(order) if name in state}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": kept})
+    _lay_out(optimizer)
+
+
+def _lay_out(optimizer: Optimizer) -> None:
+    """Give what the optimizer remembers the memory layout of its parameters.
+
+    Fused kernels walk through both as they lie, and a checkpoint may be of another layout.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            fits = isinstance(value, torch.Tensor) and value.shape == parameter.shape
+            if fits and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def clip_gradients(model: nn.Module, limit: float | None) -> torch.Tensor:
+    """Scale gradients down to a norm of `limit`, if any; returns the norm before, on the device."""
+    if limit is None:
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    else:
+        norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitdense.data.base import Dataset
+from vitdense.data.base import DataError, Dataset
 from vitdense.engine.runtime import Runtime
 from vitdense.ops.draw import as_segments, draw, grid, side_by_side
 from vitdense.structures import Batch, Prediction, Sample
 
 SIDE = 640
 """Images are drawn at about this size: small ones enlarged, to have room for names."""
+
+
+def picture_path(folder: Path, step: int) -> Path:
+    """Where the picture of an evaluation lies in a run's folder."""
+    return folder / "pictures" / f"step_{step:06d}.jpg"
 
 
 class Pictures:
@@ -35,8 +41,10 @@ class Pictures:
     def watch(self, batch: Batch, predictions: list[Prediction]) -> None:
         """Keep the predictions for the chosen images."""
         if not self._samples:
-            samples = [self.dataset[index] for index in self.indices]
-            self._samples = {sample.image_id: sample for sample in samples}
+            for index in self.indices:
+                with suppress(DataError):  # what becomes of it is for the loader to say
+                    sample = self.dataset[index]
+                    self._samples[sample.image_id] = sample
         for image_id, prediction in zip(batch.image_ids, predictions, strict=True):
             if image_id in self._samples:
                 self._predictions[image_id] = prediction.to("cpu")
@@ -46,7 +54,7 @@ class Pictures:
         if not self._predictions:
             return
         try:
-            rows = [self._row(image_id) for image_id in self._samples]
+            rows = [self._row(key) for key in self._samples if key in self._predictions]
             path.parent.mkdir(parents=True, exist_ok=True)
             _write(grid(rows, columns=1), path)
         except Exception as error:

@@ -6,13 +6,20 @@ import atexit
 import os
 import random
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from vitdense.engine.launch import read_launch
+from vitdense.engine.peers import TIMEOUT, FailedProcess
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,29 +36,103 @@ class Runtime:
         return self.rank == 0
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model to call in training: with several processes, one that averages gradients."""
-        if self.world_size == 1:
+        """The model to call in training: with several processes, one that averages gradients.
+
+        A sharded model does that itself.
+        """
+        if self.world_size == 1 or isinstance(model, FSDPModule):
             return model
         devices = [self.device] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+        # a neck may make levels that no head reads: their parameters never have a gradient
+        return nn.parallel.DistributedDataParallel(
+            model, device_ids=devices, find_unused_parameters=True
+        )
+
+    def synchronize_norms(self, model: M) -> M:
+        """The model with batch norms over the images of all processes; for one, as it is.
+
+        Raises:
+            ValueError: there are several processes without GPUs.
+        """
+        if self.world_size == 1:
+            return model
+        if self.device.type == "cpu":
+            raise ValueError(
+                "train.sync_batch_norm: torch synchronises batch norms on GPUs only; on CPUs leave "
+                "it out, or take a norm without batch statistics where the part has the option, as "
+                "model.head.norm=group"
+            )
+        from timm.layers import convert_sync_batchnorm  # torch's own loses timm's activations
+
+        return convert_sync_batchnorm(model)
 
     def agree(self, value: Any) -> Any:
         """The main process's value in all processes."""
         if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, device=self.device)
+        dist.broadcast_object_list(box)
         return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everyone's values, by rank, in all processes; tensors must be on the CPU."""
+        if self.world_size == 1:
+            return [value]
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, value)
+        return everyone
+
+    def anyone(self, value: bool) -> bool:
+        """Whether it holds in one of the processes."""
+        if self.world_size == 1:
+            return value
+        flag = torch.tensor(int(value))
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def mean(self, read: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """The mean of everyone's numbers by name; where `read` fails for one, it fails for all."""
+        if self.world_size == 1:
+            return read()
+        mine: dict[str, float] | str
+        fault: Exception | None = None
+        try:
+            mine = read()
+        except Exception as error:
+            fault, mine = error, f"rank {self.rank}: {type(error).__name__}: {error}"
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, mine)
+        if fault is not None:
+            raise fault
+        if faults := [said for said in everyone if isinstance(said, str)]:
+            raise FailedProcess("; ".join(faults))
+        names = dict.fromkeys(name for numbers in everyone for name in numbers)
+        return {name: _mean([it[name] for it in everyone if name in it]) for name in names}
+
+
+def _mean(numbers: list[float]) -> float:
+    return sum(numbers) / len(numbers)
 
 
 def start(device: str = "auto") -> Runtime:
-    """Choose the device, and join the other processes if torchrun started this one."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if world_size == 1:
+    """Choose the device, and join the other processes if torchrun or srun started this one."""
+    launch = read_launch(os.environ)
+    if launch.world_size == 1:
         return Runtime(choose_device(device))
-    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    local_rank = launch.local_rank
+    if launch.meeting is not None:  # srun may show each process its own GPU alone
+        local_rank %= max(1, torch.cuda.device_count())
+    chosen = choose_device(device, local_rank)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        # what is agreed on among CPUs does not wait for GPUs
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend,
+            init_method=launch.meeting or "env://",
+            world_size=launch.world_size,
+            timeout=TIMEOUT,
+            rank=launch.rank,
+        )
         atexit.register(dist.destroy_process_group)  # else a process that is left alone aborts
     return Runtime(chosen, dist.get_rank(), dist.get_world_size())
 

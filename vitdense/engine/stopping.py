@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+STOPPED = "stopped, all is saved; go on with --resume"
+
 
 class Stopwatch:
     """Seconds that passed while it ran; it stands still until started."""
@@ -42,6 +44,13 @@ class Stopwatch:
             self.start()
 
 
+class Stopped(KeyboardInterrupt):
+    """Told to stop, with nothing lost: the same command with --resume goes on."""
+
+    status = 75
+    """Of the process: EX_TEMPFAIL, which schedulers start again."""
+
+
 class StopSignal:
     """Inside, the first SIGINT or SIGTERM only sets `requested`; a second SIGINT interrupts."""
 
@@ -49,6 +58,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.requested = False
+        self._waits = True
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -58,7 +68,20 @@ class StopSignal:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
+        if not self._waits:
+            raise Stopped(STOPPED)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside this, signals raise Stopped: nothing under way is worth waiting for."""
+        if self.requested:
+            raise Stopped(STOPPED)
+        self._waits = False
+        try:
+            yield
+        finally:
+            self._waits = True
 
     def __exit__(
         self,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any
 
 import torch
@@ -13,12 +12,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vitdense import config as configs
 from vitdense.config import Config
-from vitdense.engine import build, checkpoint, runtime
-from vitdense.engine.observers import JsonLines, Observers, ProgressBar, TensorBoard
+from vitdense.engine import batch_size, build, checkpoint, faults, folder, runtime, summary
+from vitdense.engine.allocator import keep_memory
+from vitdense.engine.memory import explained_training
+from vitdense.engine.observers import Observers, choose
 from vitdense.engine.optim import clip_gradients, set_lr
+from vitdense.engine.peers import attended
 from vitdense.engine.run import Run
 from vitdense.engine.schedule import lr_factor
-from vitdense.engine.stopping import StopSignal
+from vitdense.engine.stopping import Stopped, StopSignal
+from vitdense.losses.divisors import one_step
 from vitdense.structures import Batch
 
 LOG_EVERY = 20
@@ -29,30 +32,39 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
     """Train what the config says, evaluate it, and keep everything in `config.output`.
 
     Args:
-        resume: go on from `checkpoints/last.pt` in that folder.
+        resume: go on from the latest checkpoint in that folder; without one, start.
 
     Returns:
         what `results.json` holds: the numbers of the saved model, its step, and the cost.
 
     Raises:
-        ValueError: the folder holds a run and `resume` is not set, or holds none and it is.
+        ValueError: the folder holds a run and `resume` is not set, or cannot be written.
+        CheckpointError: the checkpoint is of another model, or the disk is full.
         NonFiniteLoss: a loss was infinite or not a number.
-        KeyboardInterrupt: after Ctrl-C or SIGTERM, when the state is saved.
+        LostProcess: another process has ended, or hangs.
+        Stopped: after Ctrl-C or SIGTERM, when the state is saved.
     """
-    check_folder(Path(config.output), resume)
-    run = Run(config, runtime.start(config.device))
-    if resume and run.last.exists():
-        run.restore()
-    with StopSignal() as stop:
-        run.observers = observe(run)
-        try:
-            loop(run, stop)
-        finally:
-            run.observers.close()
-    if run.progress.fraction < 1:
-        print(f"stopped at step {run.step}; continue with --resume", file=sys.stderr)
-        raise KeyboardInterrupt
-    return run.finish()
+    place = runtime.start(config.device)
+    config = batch_size.kept(config) if resume else config
+    finished = folder.prepare(config, resume, place)
+    if finished is not None:
+        return finished
+    keep_memory(place.device)
+    with StopSignal() as stop, attended():
+        with stop.at_once():
+            run = Run(batch_size.settle(config, place, step), place)
+            if place.agree(bool(run.states.entries)):
+                run.restore()
+            summary.tell(run)
+        with closing(observe(run)) as run.observers, run.states:
+            with faults.kept(run):
+                loop(run, stop)
+            results = run.finish() if run.done else None
+    if results is None:
+        raise Stopped(f"stopped after step {run.step}, all is saved; go on with --resume")
+    if run.runtime.is_main:
+        print(run.verdict(), file=sys.stderr)
+    return results
 
 
 def loop(run: Run, stop: StopSignal) -> None:
@@ -67,20 +79,24 @@ def loop(run: Run, stop: StopSignal) -> None:
         run.runtime,
         start=run.step * settings.accumulate,
         elapsed=lambda: run.clock.elapsed,
+        report=run.left_out,
     )
+    batches = faults.rescued(run, batches, stop)
     while True:
         stopped = told_to_stop(run, stop)
-        ends = stopped or run.progress.fraction == 1
-        if run.step % LOG_EVERY == 0 or ends:
+        ends = stopped or run.done
+        if run.step % LOG_EVERY == 0:
             run.log()
         if run.evaluation_due() and not stopped:
             with run.clock.paused():
                 run.save()
-                run.evaluate()
+                with evaluating(run, stop):
+                    run.evaluate()
                 run.save()
-        elif ends or run.step - run.saved >= settings.checkpoint_every:
+            ends = run.done
+        elif ends or run.checkpoint_due():
             with run.clock.paused():
-                run.save()
+                run.save(stopped and not run.checkpoint_due())
         if ends:
             run.clock.set(run.clock.elapsed)
             return
@@ -94,32 +110,38 @@ def loop(run: Run, stop: StopSignal) -> None:
 
 
 def told_to_stop(run: Run, stop: StopSignal) -> bool:
-    """Whether to end before the next step; several processes agree now and then."""
-    if run.runtime.world_size > 1 and run.step % LOG_EVERY:
-        return False
-    return run.runtime.agree(stop.requested)
+    """Whether to end before the next step, because one of the processes was told to."""
+    return run.runtime.anyone(stop.requested)
 
 
+@explained_training
 def step(run: Run, batches: Iterator[Batch]) -> None:
     """One step of the optimizer, from `accumulate` batches."""
     settings = run.config.train
-    for left in reversed(range(settings.accumulate)):
-        batch = next(batches).to(run.runtime.device, non_blocking=True)
-        with synchronizing(run, last=left == 0):
-            with runtime.autocast(run.runtime.device, run.precision):
-                outputs = run.net(batch.images, batch.targets)
-            losses = run.model.loss(runtime.to_float(outputs), batch.targets)
-            loss = torch.stack(list(losses.values())).sum() / settings.accumulate
-            run.scaler.scale(loss).backward()
-        run.tally.add(run.step, losses, batch.paths)
+    parts = [next(batches) for _ in range(settings.accumulate)]
+    with one_step([part.targets for part in parts]):
+        for left, part in zip(reversed(range(len(parts))), parts, strict=True):
+            batch = part.to(run.runtime.device, non_blocking=True)
+            with synchronizing(run, last=left == 0):
+                with runtime.autocast(run.runtime.device, run.precision):
+                    outputs = run.net(batch.images, batch.targets)
+                losses = run.model.loss(runtime.to_float(outputs), batch.targets)
+                loss = torch.stack(list(losses.values())).sum() / len(parts)
+                run.scaler.scale(loss).backward()
+            run.tally.add(run.step, losses, batch.paths, run.progress.fraction)
     run.scaler.unscale_(run.optimizer)
-    if settings.clip is not None:
-        run.tally.add_norm(clip_gradients(run.model, settings.clip))
+    norm = clip_gradients(run.model, settings.clip)
+    run.tally.add_norm(norm, scaled=run.scaler.is_enabled())
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     if run.ema is not None:
         run.ema.update(run.model)
+
+
+def evaluating(run: Run, stop: StopSignal) -> AbstractContextManager[Any]:
+    """One process alone need not end an evaluation that it is told to stop in: it comes again."""
+    return stop.at_once() if run.runtime.world_size == 1 else nullcontext()
 
 
 def synchronizing(run: Run, last: bool) -> AbstractContextManager[Any]:
@@ -129,28 +151,10 @@ def synchronizing(run: Run, last: bool) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def check_folder(folder: Path, resume: bool) -> None:
-    """Refuse to overwrite a run, and to resume none; raises ValueError."""
-    kept = [name for name in ("checkpoints/last.pt", "results.json") if (folder / name).exists()]
-    if kept and not resume:
-        raise ValueError(
-            f"output: {folder} already holds a run ({kept[0]}); continue it with --resume, or "
-            f"write elsewhere with output={folder}-2"
-        )
-    if resume and not (folder / "config.yaml").exists():
-        raise ValueError(f"output: {folder} holds no run to resume; leave out --resume")
-
-
 def observe(run: Run) -> Observers:
     """Write the resolved config, and let the main process watch the run."""
     if not run.runtime.is_main:
         return Observers([])
-    folder, at = run.folder, run.step
-    checkpoint.write_text(folder / "config.yaml", configs.dump(run.config))
-    return Observers(
-        [
-            lambda: JsonLines(folder / "metrics.jsonl", at),
-            lambda: TensorBoard(folder / "tensorboard", at),
-            lambda: ProgressBar(run.config.name, run.progress.fraction),
-        ]
-    )
+    (run.folder / "results.json").unlink(missing_ok=True)  # of a run that now gets longer
+    checkpoint.write_text(run.folder / "config.yaml", configs.dump(run.config))
+    return choose(run.config, run.step, run.progress.fraction, run.headline.name, run.evaluated[0])

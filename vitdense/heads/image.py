@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitdense.losses.divisors import divisor
 from vitdense.structures import Target
 
 Pooling = Literal["mean", "attention", "token"]
@@ -55,9 +56,15 @@ class ImageHead(nn.Module):
         """
         known = [i for i, target in enumerate(targets) if target.image_labels is not None]
         labels = [target.image_labels for target in targets if target.image_labels is not None]
+        images = divisor(len(known), _is_labelled, logits)
         if not labels:
             return 0 * logits.sum()
         if len(known) < len(targets):
             logits = logits[known]
         truth = torch.stack(labels).to(logits.dtype)
-        return F.binary_cross_entropy_with_logits(logits, truth)
+        total = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum")
+        return total / (images * truth.shape[1])
+
+
+def _is_labelled(target: Target) -> int:
+    return int(target.image_labels is not None)

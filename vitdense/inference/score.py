@@ -16,7 +16,7 @@ from vitdense.data.images import list_images, read_labels
 from vitdense.data.label_maps import binary_labels, hides_masks, label_table, look_up
 from vitdense.engine import checkpoint
 from vitdense.inference.report import table, to_json
-from vitdense.metrics import coco_files, panoptic_files
+from vitdense.metrics import coco_files, lvis_files, panoptic_files, voc_files
 from vitdense.metrics.backends import Backend
 from vitdense.metrics.backends import score as score_objects
 from vitdense.metrics.coco import limits_to, summarize
@@ -24,7 +24,7 @@ from vitdense.metrics.matching import Rules
 from vitdense.metrics.miou import MeanIoU
 from vitdense.structures import IGNORE, Batch, Frame, Prediction, Target
 
-Kind = Literal["bbox", "segm", "panoptic", "semantic"]
+Kind = Literal["bbox", "segm", "panoptic", "semantic", "voc", "lvis"]
 
 
 def score(
@@ -33,7 +33,11 @@ def score(
     predictions: Path,
     *,
     backend: Backend = "auto",
-    max_detections: int = 100,
+    max_detections: int | None = None,
+    iou_type: Literal["bbox", "segm"] | None = None,
+    split: str | None = None,
+    iou: float = 0.5,
+    points: Literal[11, "all"] = "all",
     classes: Path | None = None,
     first_label: Literal[0, 1] = 1,
     ignore: Sequence[int] = (),
@@ -45,11 +49,18 @@ def score(
 
     Args:
         kind: bbox, segm: COCO's JSON files; panoptic: COCO's JSON files, each beside its folder of
-            maps; semantic: folders of label maps.
+            maps; semantic: folders of label maps; voc: see `voc_files.score_files`; lvis: LVIS's
+            annotations beside results of COCO's format.
         truth, predictions: what is compared.
         backend: for bbox and segm, who computes.
-        max_detections: for bbox and segm, best detections of an image and class that count.
-        classes: for semantic, the file of class names; by default one beside the folder or above.
+        max_detections: for bbox and segm, best detections of an image and class that count, 100;
+            for lvis those of an image, 300.
+        iou_type: for lvis, what is compared; by default masks if the predictions have them.
+        split: for voc, which images.
+        iou: for voc, the overlap from which a detection is right.
+        points: for voc, recalls that are averaged.
+        classes: for semantic and voc, the file of class names; by default one beside the folder
+            or above, and VOC's own.
         first_label: for semantic, label of the first class, if the file of classes tells no labels.
         ignore: for semantic, labels of the truth that count nowhere, beside 0 and 255 where they
             are no class.
@@ -66,8 +77,15 @@ def score(
     elif kind == "semantic":
         maps = LabelMaps.find(truth, classes, first_label, ignore, binary)
         numbers = score_label_maps(truth, predictions, maps, absent)
+    elif kind == "voc":
+        options = {"split": split, "classes": classes, "iou": iou, "points": points}
+        numbers = voc_files.score_files(truth, predictions, **options)  # type: ignore[arg-type]
+    elif kind == "lvis":
+        limit = 300 if max_detections is None else max_detections
+        numbers = lvis_files.score_files(truth, predictions, iou_type, limit)
     else:
-        numbers = score_detections(kind, truth, predictions, backend, max_detections)
+        limit = 100 if max_detections is None else max_detections
+        numbers = score_detections(kind, truth, predictions, backend, limit)
     print(table(numbers))
     if json_path is not None:
         checkpoint.write_text(json_path, to_json(numbers))

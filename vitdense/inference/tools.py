@@ -111,6 +111,9 @@ def evaluate(
     """
     config, path = _config_and_weights(Path(target), weights, overrides)
     meta = checkpoint.read_meta(path)
+    if config.train.batch_size == "auto":
+        trained = configs.loads(meta.config, str(path))
+        config = build.with_batch_size(config, build.batch_size(trained.train))
     place = runtime.start(config.device)
     source = config.data
     dataset = build.build_split(source, source.val, meta.image_classes or None)

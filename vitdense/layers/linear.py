@@ -22,8 +22,10 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """float [..., in_features] -> [..., out_features]."""
-        work = input.numel() * self.out_features
-        if work < WORTH or self.in_features < NARROW or not onednn_is_faster(input):
+        # asked first: code that is compiled would be bound to the sizes that are compared below
+        if not onednn_is_faster(input) or self.in_features < NARROW:
+            return F.linear(input, self.weight, self.bias)
+        if input.numel() * self.out_features < WORTH:
             return F.linear(input, self.weight, self.bias)
         rows = input.reshape(1, -1, 1, self.in_features).permute(0, 3, 1, 2)
         weight = self.weight[:, :, None, None]
@@ -38,9 +40,9 @@ DILATION = 2
 def onednn_is_faster(x: Tensor) -> bool:
     """Whether 1x1 convolutions with `DILATION` are: in float32 on a CPU, as PyTorch runs them."""
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()  # which stops at the question for the library
+        and x.device.type == "cpu"
         and x.dtype == torch.float32
         and torch.backends.mkldnn.is_available()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )

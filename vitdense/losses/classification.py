@@ -9,11 +9,15 @@ overlaps [L, B, T] (IoU of each truth and its query, without a gradient).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from vitdense.losses.divisors import divisor, objects
+from vitdense.structures import Target
 
 
 class ClassLoss(Protocol):
@@ -30,9 +34,29 @@ class ClassLoss(Protocol):
         matches: Tensor,
         overlaps: Tensor,
         normalizer: Tensor,
+        number: Callable[[Target], int] = objects,
     ) -> Tensor:
-        """Loss of each layer, float [L]; `normalizer` is the number of truths, a scalar."""
+        """Loss of each layer, float [L].
+
+        Args:
+            normalizer: truths of the mean batch of the step, a scalar.
+            number: truths of an image, for what else is to be counted in all batches of the step.
+        """
         ...
+
+
+@dataclass(frozen=True)
+class QueryWeight:
+    """The weight of an image's queries: those that have a truth, and those that have none."""
+
+    number: Callable[[Target], int]
+    queries: int
+    found: float
+    others: float
+
+    def __call__(self, target: Target) -> float:
+        found = min(self.number(target), self.queries)
+        return self.found * found + self.others * (self.queries - found)
 
 
 class SoftmaxLoss:
@@ -56,14 +80,17 @@ class SoftmaxLoss:
         matches: Tensor,
         overlaps: Tensor,
         normalizer: Tensor,
+        number: Callable[[Target], int] = objects,
     ) -> Tensor:
         """Weighted mean of cross-entropies, float [L]."""
-        nothing = logits.shape[-1] - 1
-        classes = classes_of_queries(matches, labels, logits.shape[2], nothing)
+        nothing, queries = logits.shape[-1] - 1, logits.shape[2]
+        classes = classes_of_queries(matches, labels, queries, nothing)
         losses = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), reduction="none")
         weights = torch.ones_like(losses).masked_fill(classes.flatten() == nothing, self.background)
         per_layer = (len(logits), -1)
-        return (losses * weights).view(per_layer).sum(1) / weights.view(per_layer).sum(1)
+        here = weights.view(per_layer)[0].sum()  # in every layer as many queries have a truth
+        total = divisor(here, QueryWeight(number, queries, 1.0, self.background), losses)
+        return (losses * weights).view(per_layer).sum(1) / total
 
 
 class SigmoidLoss:
@@ -94,6 +121,7 @@ class SigmoidLoss:
         matches: Tensor,
         overlaps: Tensor,
         normalizer: Tensor,
+        number: Callable[[Target], int] = objects,
     ) -> Tensor:
         """Sum over queries and classes over the number of truths, float [L]."""
         entries = matches.clamp(min=0) * logits.shape[-1] + labels

@@ -8,9 +8,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vitdense.losses.pixels import balance, boundary, cross_entropy, hard_cross_entropy
+from vitdense.losses.divisors import divisor
+from vitdense.losses.pixels import (
+    balance,
+    boundary,
+    cross_entropy,
+    hard_cross_entropy,
+    pixel_weight,
+)
 from vitdense.registry import suggest
-from vitdense.structures import IGNORE
+from vitdense.structures import IGNORE, Target
 
 ENTROPIES = ("cross_entropy", "ohem")
 """The losses that take class weights."""
@@ -106,16 +113,32 @@ class DenseLoss(nn.Module):
 
     def _term(self, name: str, logits: Tensor, labels: Tensor) -> Tensor:
         if name == "cross_entropy":
-            return cross_entropy(logits, labels, self.class_weights, self.label_smoothing)
+            weights, smoothing = self.class_weights, self.label_smoothing
+            here = pixel_weight(labels, weights)
+            total = divisor(here, self._weight, logits)
+            return cross_entropy(logits, labels, weights, smoothing, total)
         if name == "ohem":
             return hard_cross_entropy(logits, labels, self.class_weights)
         if name == "boundary":
             return boundary(logits, labels)
+        logits = logits.float()  # Lovasz mixes it with the type of the logits
+        pixels = pixel_weight(labels)
+        # smp's focal is a mean over these pixels; the others see a batch as a whole
+        scale = pixels / divisor(pixels, _pixels, logits) if name == "focal" else 1
         # Here focal is NaN and Lovasz fails. The sync costs nothing: they index by masks anyway.
-        if not (labels != IGNORE).any():
+        if not pixels:
             return logits.sum() * 0
-        # In float32, because Lovasz mixes it with the type of the logits.
-        return self.overlaps[name](logits.float(), labels)
+        return scale * self.overlaps[name](logits, labels)
+
+    def _weight(self, target: Target) -> Tensor:
+        """Of an image's pixels in the cross entropy."""
+        return _pixels(target, self.class_weights)
+
+
+def _pixels(target: Target, class_weights: Tensor | None = None) -> Tensor:
+    assert target.semantic is not None
+    device = None if class_weights is None else class_weights.device
+    return pixel_weight(target.semantic.to(device, non_blocking=True), class_weights)
 
 
 def _overlap_losses() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:

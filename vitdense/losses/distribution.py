@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitdense.losses.classification import ClassLoss
+from vitdense.losses.classification import ClassLoss, QueryWeight
+from vitdense.losses.divisors import mean_count, objects
 from vitdense.losses.matcher import Truths, full_precision
 from vitdense.losses.set_criterion import Queries, SetCriterion
 from vitdense.ops.boxes import cxcywh_to_xyxy, overlaps
@@ -133,8 +134,10 @@ def distillation(
     losses = TEMPERATURE**2 * weights * divergence / 4  # a mean over the edges
     total = torch.zeros(len(edges), dtype=edges.dtype, device=edges.device)
     share = torch.zeros_like(total)
-    for kind in (matched, 1 - matched):
-        count = kind.sum((1, 2))
-        total = total + (losses * kind).sum((1, 2)) / count.clamp(min=1).sqrt()
+    queries = edges.shape[2]
+    for kind, share_of in ((matched, (1.0, 0.0)), (1 - matched, (0.0, 1.0))):
+        here = kind[0].sum()  # in every layer as many
+        count = mean_count(here, QueryWeight(objects, queries, *share_of), losses)
+        total = total + (losses * kind).sum((1, 2)) / count.where(count > 0, 1).sqrt()
         share = share + count.sqrt()
-    return total / share.clamp(min=1)
+    return total / share

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
 from vitdense.losses.classification import SoftmaxLoss
-from vitdense.losses.mask_truths import MaskTruths
+from vitdense.losses.divisors import divisor, objects
+from vitdense.losses.mask_truths import MaskTruths, classes_shown
 from vitdense.losses.matcher import FAULT, full_precision, match
 from vitdense.losses.points import (
     pairwise_bce,
@@ -18,7 +21,6 @@ from vitdense.losses.points import (
     sample_maps,
     uncertain_points,
 )
-from vitdense.losses.set_criterion import count_truths
 from vitdense.structures import Target, Task
 
 
@@ -70,7 +72,8 @@ class MaskCriterion:
         logits = full_precision(logits)
         (matches,) = match([self.cost(logits, masks, truths)], truths)
         losses = {}
-        for name, layers in self.terms(logits, masks, truths, matches).items():
+        number = classes_shown if task == "semantic" else objects
+        for name, layers in self.terms(logits, masks, truths, matches, number).items():
             layers = layers * self.weights[name]
             losses[name] = layers[-1]
             if len(layers) > 1:
@@ -90,18 +93,28 @@ class MaskCriterion:
         return cost.nan_to_num(FAULT, FAULT, FAULT)
 
     def terms(
-        self, logits: Tensor, masks: list[Tensor], truths: MaskTruths, matches: Tensor
+        self,
+        logits: Tensor,
+        masks: list[Tensor],
+        truths: MaskTruths,
+        matches: Tensor,
+        number: Callable[[Target], int],
     ) -> dict[str, Tensor]:
-        """Unweighted terms of each layer, float [L], for given matches int64 [L, B, T]."""
-        normalizer = count_truths(truths)
+        """Unweighted terms of each layer, float [L], for given matches int64 [L, B, T].
+
+        Args:
+            number: truths of an image.
+        """
+        normalizer = divisor(sum(truths.counts), number, logits)
         images, queries, rows = truths.pairs(matches, logits.shape[2])
         overlaps = torch.zeros_like(matches, dtype=logits.dtype)  # not read by softmax
         found = [
             self._compare(maps[images, chosen], truths, images, row)
             for maps, chosen, row in zip(masks, queries, rows, strict=True)
         ]
+        classes = (logits, truths.labels, matches, overlaps, normalizer, number)
         return {
-            "class": self.class_loss.loss(logits, truths.labels, matches, overlaps, normalizer),
+            "class": self.class_loss.loss(*classes),
             "mask": torch.stack([bce for bce, _ in found]) / normalizer,
             "dice": torch.stack([dice for _, dice in found]) / normalizer,
         }

@@ -139,6 +139,13 @@ class MaskTruths:
         return torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True).unbind()
 
 
+def classes_shown(target: Target) -> int:
+    """How many classes the label map of an image has; waits for its device."""
+    if target.semantic is None:
+        return 0
+    return int((target.semantic.unique() != IGNORE).sum())
+
+
 def _undiluted(share: Tensor, weight: Tensor) -> Tensor:
     """Share among the pixels that are judged: a mask does not fade towards void."""
     return (share / weight.clamp(min=1e-6)).clamp(max=1)

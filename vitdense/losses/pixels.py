@@ -24,6 +24,7 @@ def cross_entropy(
     labels: Tensor,
     class_weights: Tensor | None = None,
     label_smoothing: float = 0.0,
+    divisor: Tensor | None = None,
 ) -> Tensor:
     """torch's mean cross entropy over the pixels that count; zero instead of NaN if none does.
 
@@ -32,13 +33,13 @@ def cross_entropy(
         labels: int64 [B, H, W], 0..C-1 or IGNORE.
         class_weights: float [C].
         label_smoothing: 0..1.
+        divisor: weight of the pixels, if it is not to be that of these.
     """
-    valid = labels != IGNORE
-    if class_weights is None:
-        divisor = valid.sum()
-    else:
+    if class_weights is not None:
         class_weights = class_weights.to(logits.dtype)
-        divisor = (class_weights[labels.where(valid, 0)] * valid).sum()
+    if divisor is None:
+        weight = pixel_weight(labels, class_weights)
+        divisor = weight.where(weight > 0, 1)
     total = F.cross_entropy(
         logits,
         labels,
@@ -47,7 +48,15 @@ def cross_entropy(
         reduction="sum",
         label_smoothing=label_smoothing,
     )
-    return total / divisor.where(divisor > 0, 1)
+    return total / divisor
+
+
+def pixel_weight(labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
+    """How much the pixels that are not ignored weigh together: their number, or by class."""
+    valid = labels != IGNORE
+    if class_weights is None:
+        return valid.sum()
+    return (class_weights[labels.long().where(valid, 0)] * valid).sum()
 
 
 def hard_cross_entropy(

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Self
 
-import torch
 from torch import Tensor
 
 from vitdense.losses.classification import ClassLoss
+from vitdense.losses.divisors import divisor, objects
 from vitdense.losses.dot_masks import DotMasks
-from vitdense.losses.matcher import Counted, HungarianMatcher, Truths, full_precision, match
+from vitdense.losses.matcher import HungarianMatcher, Truths, full_precision, match
 from vitdense.ops.boxes import cxcywh_to_xyxy, overlaps
 from vitdense.structures import Size, Target
 
@@ -93,7 +93,7 @@ class SetCriterion:
             scalars; zeros with a graph for box and mask terms without any truth.
         """
         truths = Truths.from_targets(targets, canvas)
-        normalizer = count_truths(truths)
+        normalizer = divisor(sum(truths.counts), objects, truths.boxes)
         parts = {suffix: part.as_layers() for suffix, part in queries.items()}
         weights = self.weights | (masks.weights if masks is not None else {})
         losses = {}
@@ -148,12 +148,3 @@ class SetCriterion:
             "box": distances.sum((1, 2)) / normalizer,
             "giou": ((1 - giou) * found).sum((1, 2)) / normalizer,
         }
-
-
-def count_truths(truths: Counted) -> Tensor:
-    """Number of truths in the batch, averaged over the ranks, at least 1; a scalar."""
-    count = torch.full((), float(sum(truths.counts)), device=truths.labels.device)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(count)
-        count /= torch.distributed.get_world_size()
-    return count.clamp(min=1)

@@ -25,7 +25,7 @@ PROGRAMS = {
 
 
 def choose(backend: Backend) -> Backend:
-    """The backend that is meant; `auto` is `device`, from tensors the fastest on every device.
+    """The backend that is meant; `auto` is `device`, see docs/metrics.md for the measurement.
 
     Raises:
         ValueError: it is not installed.
@@ -59,13 +59,11 @@ def score_by_program(
     truth: Objects, detections: Objects, classes: int, rules: Rules, backend: Backend
 ) -> Curves:
     """The same by pycocotools or one that is called like it, at COCO's thresholds and areas."""
-    index_module, module, name = PROGRAMS[backend]
+    _, module, name = PROGRAMS[backend]
     iou_type = "bbox" if truth.masks is None or detections.masks is None else "segm"
-    count = 1 + max((int(o.images.max()) for o in (truth, detections) if len(o)), default=-1)
     with contextlib.redirect_stdout(io.StringIO()):
-        indices = [_index(index_module, objects, count, classes) for objects in (truth, detections)]
         program: Any = importlib.import_module(module)
-        evaluation = getattr(program, name)(*indices, iou_type)
+        evaluation = getattr(program, name)(*index(truth, detections, classes, backend), iou_type)
         evaluation.params.maxDets = list(rules.limits)
         evaluation.params.useCats = int(not rules.class_agnostic)
         evaluation.evaluate()
@@ -74,31 +72,59 @@ def score_by_program(
     return Curves(*(torch.as_tensor(evaluation.eval[name]).double() for name in names))
 
 
-def _index(module: str, objects: Objects, images: int, classes: int) -> Any:
-    dataset = {
-        "images": [{"id": image, "height": 1, "width": 1} for image in range(images)],
+def index(truth: Objects, detections: Objects, classes: int, backend: Backend) -> list[Any]:
+    """Truth and detections as a program's indices of annotations, which it compares."""
+    count = 1 + max((int(o.images.max()) for o in (truth, detections) if len(o)), default=-1)
+    listed = {
+        "images": [{"id": image, "height": 1, "width": 1} for image in range(count)],
         "categories": [{"id": label, "name": str(label)} for label in range(classes)],
-        "annotations": to_annotations(objects),
     }
-    program: Any = importlib.import_module(module)
-    index = program.COCO
-    if module == "hotcoco":
-        return index(dataset)
-    filled = index()
-    filled.dataset = dataset
-    filled.createIndex()
-    return filled
+    program: Any = importlib.import_module(PROGRAMS[backend][0])
+    if backend == "hotcoco":
+        return _from_arrays(program.COCO, truth.to("cpu"), detections.to("cpu"), listed)
+    indices = [program.COCO(), program.COCO()]
+    for one, objects in zip(indices, (truth, detections), strict=True):
+        one.dataset = {**listed, "annotations": to_annotations(objects)}
+        one.createIndex()
+    return indices
+
+
+def _from_arrays(
+    program: Any, truth: Objects, detections: Objects, listed: dict[str, Any]
+) -> list[Any]:
+    """hotcoco takes columns, which spares a dictionary for each object."""
+    there = program.from_arrays(
+        **listed,
+        image_ids=truth.images.numpy(),
+        category_ids=truth.labels.numpy(),
+        boxes=truth.boxes.numpy(),
+        area=truth.areas.numpy(),
+        iscrowd=truth.crowd.long().numpy(),
+        segmentation=_segmentations(truth),
+    )
+    columns = [detections.images, *detections.boxes.unbind(1), detections.scores, detections.labels]
+    table = torch.stack([column.double() for column in columns], 1).numpy()
+    found = there.load_res(table, segmentation=_segmentations(detections))
+    found.update_anns(
+        ids=torch.arange(1, len(detections) + 1).numpy(), area=detections.areas.numpy()
+    )
+    return [there, found]
+
+
+def _segmentations(objects: Objects) -> list[dict[str, Any]] | None:
+    if objects.masks is None:
+        return None
+    texts, sizes = objects.masks.strings(), objects.masks.sizes.tolist()
+    return [{"size": sizes[row], "counts": texts[row]} for row in objects.rows.tolist()]
 
 
 def to_annotations(objects: Objects) -> list[dict[str, Any]]:
     """COCO's annotations; ids count from 1, because pycocotools takes 0 for "no match"."""
-    names = ("images", "labels", "boxes", "areas", "scores", "crowd", "rows")
+    names = ("images", "labels", "boxes", "areas", "scores", "crowd")
     columns = [getattr(objects, name).tolist() for name in names]
-    texts = sizes = None
-    if objects.masks is not None:
-        texts, sizes = objects.masks.strings(), objects.masks.sizes.tolist()
+    masks = _segmentations(objects)
     entries: list[dict[str, Any]] = []
-    for image, label, box, area, confidence, crowd, row in zip(*columns, strict=True):
+    for image, label, box, area, confidence, crowd in zip(*columns, strict=True):
         entry = {
             "id": len(entries) + 1,
             "image_id": image,
@@ -108,7 +134,7 @@ def to_annotations(objects: Objects) -> list[dict[str, Any]]:
             "iscrowd": int(crowd),
             "area": area,
         }
-        if texts is not None and sizes is not None:
-            entry["segmentation"] = {"size": sizes[row], "counts": texts[row]}
+        if masks is not None:
+            entry["segmentation"] = masks[len(entries)]
         entries.append(entry)
     return entries

@@ -14,11 +14,13 @@ class Metric:
 
     Attributes:
         headline: the key of `compute` by which the best model is chosen; higher is better.
+        lower: keys of `compute` that are the better the lower they are.
         confidence: whether it reads `Prediction.confidence`, which takes a softmax.
         frequencies: of each class, as in `Dataset`; None if the data set tells none.
     """
 
     headline: ClassVar[str]
+    lower: tuple[str, ...] = ()
     confidence: bool = False
     frequencies: list[str] | None = None
 

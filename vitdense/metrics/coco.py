@@ -33,7 +33,8 @@ class CocoMetric(ObjectMetric):
         self,
         classes: list[str],
         *,
-        iou_type: Literal["bbox", "segm", "boundary"] = "bbox",  # boxes, masks, or their outlines
+        iou_type: Literal["bbox", "segm", "boundary"]
+        | None = None,  # boxes, masks, or their outlines; by default masks if the task is instance
         boxes_too: bool = False,  # with masks: also the 12 numbers of boxes, as `box_AP`, ...
         max_detections: PositiveInt = 100,  # best detections of an image and class that count
         class_agnostic: bool = False,  # take all objects for one class, as for proposals
@@ -43,6 +44,7 @@ class CocoMetric(ObjectMetric):
     ) -> None:
         if max_detections <= 10:
             raise ValueError("max_detections: must be above 10, beside which AR1 and AR10 stand")
+        iou_type = iou_type or "bbox"
         if boxes_too and iou_type == "bbox":
             raise ValueError("boxes_too: is for iou_type segm or boundary; bbox has none beside")
         self.backend: Backend = choose(backend)

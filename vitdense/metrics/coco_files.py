@@ -50,7 +50,11 @@ def read_truth(path: Path, kind: Kind) -> Truth:
     Raises:
         DataError: the file is missing or wrong.
     """
-    content = read_json(path)
+    return truth_of(read_json(path), path, kind)
+
+
+def truth_of(content: dict[str, Any], path: Path, kind: Kind) -> Truth:
+    """The same from the content of the file."""
     try:
         named = sorted((entry["id"], entry["name"]) for entry in content["categories"])
         listed = sorted((e["id"], e.get("height"), e.get("width")) for e in content["images"])
@@ -77,12 +81,26 @@ def read_results(path: Path, truth: Truth, kind: Kind) -> Objects:
     Raises:
         DataError: the file is missing or wrong, or has an image that the truth has not.
     """
+    return results_of(read_list(path), path, truth, kind)
+
+
+def read_list(path: Path) -> list[dict[str, Any]]:
+    """The entries of a result file.
+
+    Raises:
+        DataError: it is missing, or no list of detections.
+    """
     try:
         entries = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise DataError(f"{path}: must be a list of detections, as in COCO's result format")
+    return entries
+
+
+def results_of(entries: list[dict[str, Any]], path: Path, truth: Truth, kind: Kind) -> Objects:
+    """The same from the entries of the file."""
     known = [entry for entry in entries if entry.get("category_id") in truth.labels]
     if len(known) < len(entries):
         log.warning(

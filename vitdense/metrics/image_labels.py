@@ -19,6 +19,7 @@ class Several(Metric):
         super().__init__(metrics[0].classes)
         self.metrics = metrics
         self.headline = metrics[0].headline  # type: ignore[misc]
+        self.lower = tuple(name for metric in metrics for name in metric.lower)
         self.confidence = any(metric.confidence for metric in metrics)
 
     def __str__(self) -> str:

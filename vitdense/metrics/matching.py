@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vitdense.metrics.objects import Objects
+from vitdense.metrics.objects import Objects, by_score
 from vitdense.metrics.overlaps import MaskOverlaps, box_overlaps
 from vitdense.ops.run_length import RunLengths, chunks, spread
 
@@ -73,16 +73,17 @@ def match(truth: Objects, detections: Objects, classes: int, rules: Rules) -> Ma
     truths that overlap a detection equally it takes the last, as in pycocotools. Memory is bounded
     but for a few numbers per object.
     """
-    truth, detections = _in_groups(truth, rules), _in_groups(detections, rules)
-    classes = 1 if rules.class_agnostic else classes
+    truth = _in_groups(truth, rules)
+    if rules.class_agnostic:  # of equal scores that of the first class comes first
+        classes, detections = 1, _in_groups(detections, rules)
     detections, ranks = _best(detections, classes, rules.limits[-1])
-    counts = ~_out_of_range(truth.areas, rules) & ~truth.crowd[:, None]
+    counts = [~outside for outside in _not_counted(truth, rules)]
     regular = _bits(counts, rules)
     owner = truth.images * classes + truth.labels
     group = detections.images * classes + detections.labels
     pairs = _pairs(truth, owner, detections, group, rules.thresholds[0])
     matched, ignored = _play(pairs, owner, truth.crowd, regular, len(detections), rules)
-    outside = _out_of_range(detections.areas, rules) | detections.crowd[:, None]
+    outside = _bits(_not_counted(detections, rules), rules)
     positives = torch.zeros(classes, len(rules.areas), dtype=torch.int64, device=ranks.device)
     return Matches(
         images=detections.images,
@@ -90,8 +91,8 @@ def match(truth: Objects, detections: Objects, classes: int, rules: Rules) -> Ma
         ranks=ranks,
         scores=detections.scores,
         matched=matched,
-        ignored=ignored | (~matched & _bits(outside, rules)),
-        positives=positives.index_add_(0, truth.labels, counts.long()),
+        ignored=ignored | (~matched & outside),
+        positives=positives.index_add_(0, truth.labels, torch.stack(counts, 1).long()),
     )
 
 
@@ -107,25 +108,35 @@ def _in_groups(objects: Objects, rules: Rules) -> Objects:
 
 def _best(detections: Objects, classes: int, limit: int) -> tuple[Objects, Tensor]:
     """Those that count, by descending score within their groups, and their ranks there."""
-    order = (-detections.scores).argsort(stable=True)
-    group = (detections.images * classes + detections.labels)[order]
+    order = by_score(detections.scores)
+    group = (detections.images * classes + detections.labels).index_select(0, order)
     group, regrouped = group.sort(stable=True)
-    ranks = torch.arange(len(group), device=group.device) - torch.searchsorted(group, group)
+    ranks = places(group)
     kept = (ranks < limit).nonzero()[:, 0]
-    return detections.select(order[regrouped][kept]), ranks[kept]
+    order = order.index_select(0, regrouped.index_select(0, kept))
+    return detections.select(order), ranks.index_select(0, kept)
 
 
-def _out_of_range(areas: Tensor, rules: Rules) -> Tensor:
-    """bool [N, A]."""
-    ranges = areas.new_tensor(rules.areas)
-    return (areas[:, None] < ranges[:, 0]) | (areas[:, None] > ranges[:, 1])
+def places(group: Tensor) -> Tensor:
+    """How far each of sorted int64 [N] stands from the first that is equal."""
+    sizes = group.unique_consecutive(return_counts=True)[1]
+    first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes, output_size=len(group))
+    return torch.arange(len(group), device=group.device) - first
 
 
-def _bits(flags: Tensor, rules: Rules) -> Tensor:
-    """bool [N, A] as int64 [N], each flag at all thresholds of its area range."""
+def _not_counted(objects: Objects, rules: Rules) -> list[Tensor]:
+    """bool [N] for each area range: crowds, and those outside the range."""
+    areas = objects.areas
+    return [objects.crowd | (areas < low) | (areas > high) for low, high in rules.areas]
+
+
+def _bits(flags: list[Tensor], rules: Rules) -> Tensor:
+    """bool [N] of each area range as int64 [N], each flag at all thresholds of its range."""
     size = len(rules.thresholds)
-    weights = [((1 << size) - 1) << (size * area) for area in range(len(rules.areas))]
-    return (flags * torch.tensor(weights, device=flags.device)).sum(1)
+    bits = torch.zeros_like(flags[0], dtype=torch.int64)
+    for area, flag in enumerate(flags):
+        bits |= flag * (((1 << size) - 1) << (size * area))
+    return bits
 
 
 @dataclass(slots=True)
@@ -140,10 +151,11 @@ class _Pairs:
 def _pairs(
     truth: Objects, owner: Tensor, detections: Objects, group: Tensor, lowest: float
 ) -> _Pairs:
-    first = torch.searchsorted(owner, group)
-    sizes = torch.searchsorted(owner, group, right=True) - first
-    busy = (sizes > 0).nonzero()[:, 0]
-    first, sizes = first[busy], sizes[busy]
+    groups, counts = owner.unique_consecutive(return_counts=True)
+    low = torch.searchsorted(group, groups)
+    many = torch.searchsorted(group, groups, right=True) - low
+    busy, sizes = spread(low, many), counts.repeat_interleave(many)
+    first = (counts.cumsum(0) - counts).repeat_interleave(many)
     by_mask = _by_runs(detections.masks, truth.masks, lowest)
     by_band = _by_runs(detections.bands, truth.bands, lowest)
     found = [(busy[:0], busy[:0], detections.scores[:0])]
@@ -154,7 +166,8 @@ def _pairs(
         if by_mask:
             overlap = by_mask(detections.rows[one], truth.rows[other], crowd)
         else:
-            overlap = box_overlaps(detections.boxes[one], truth.boxes[other], crowd)
+            boxes = detections.boxes.index_select(0, one), truth.boxes.index_select(0, other)
+            overlap = box_overlaps(*boxes, crowd)
         near = (overlap >= lowest).nonzero()[:, 0]
         one, other, overlap = one[near], other[near], overlap[near]
         if by_band:
@@ -180,9 +193,8 @@ def _play(
     """Bits of the detections that found a truth, and of those whose truth is ignored."""
     entries = _turns(pairs, regular, rules)
     group = owner[entries[1]]
-    turn = torch.arange(len(group), device=group.device) - torch.searchsorted(group, group)
-    turns, order = turn.sort(stable=True)
-    detection, other, games, ignored = (column[order] for column in entries)
+    turns, order = places(group).sort(stable=True)
+    detection, other, games, ignored = (column.index_select(0, order) for column in entries)
     free = torch.full_like(regular, -1)
     stays = torch.where(crowd, -1, 0)  # any number of detections may lie in a crowd
     matched = torch.zeros(detections, dtype=torch.int64, device=group.device)

@@ -12,6 +12,7 @@ from vitdense.data.base import DataError
 from vitdense.metrics.base import Metric
 from vitdense.metrics.boundaries import band_width, boundary_band
 from vitdense.metrics.processes import sum_over_processes
+from vitdense.ops.histogram import joint_histogram
 from vitdense.registry import METRICS, Fraction
 from vitdense.structures import IGNORE, Batch, Prediction
 
@@ -37,6 +38,7 @@ class MeanIoU(Metric):
     """
 
     headline = "mIoU"
+    lower = ("ECE",)
 
     def __init__(
         self,
@@ -87,19 +89,18 @@ class MeanIoU(Metric):
                 f"{path}: the prediction is of size {list(answer.shape)}, the truth of "
                 f"{list(truth.shape)}: both must be in pixels of the original image"
             )
-        answer, truth = answer.long(), truth.to(answer.device).long()
-        classes = len(self.classes)
-        known = (truth >= 0) & (truth < classes)
-        answered = (answer >= 0) & (answer < classes)
-        cells = truth.where(known, classes) * (classes + 1) + answer.where(answered, classes)
-        self.matrix = self.matrix.to(answer.device)
-        # Not bincount, which waits for the device to learn its size.
-        self.matrix.view(-1).scatter_add_(0, cells.flatten(), torch.ones_like(cells).flatten())
-        if self.boundary is not None:
-            self._count_bands(answer.where(answered, classes), truth.where(known, classes))
-        strange = ~known & (truth != IGNORE)
-        self._faults.append(torch.stack([_worst(truth, strange), _worst(answer, ~answered)]))
+        if answer.numel() == 0:
+            return
+        truth, classes = truth.to(answer.device), len(self.classes)
+        self._faults.append(torch.stack([_wrong_label(truth, classes), _wrong(answer, classes)]))
         self._paths.append(path)
+        # The last row and column take what is ignored, and what is wrong and will be raised.
+        kind = torch.uint8 if classes <= IGNORE else torch.int32
+        answer, truth = (labels.to(kind).clamp(0, classes) for labels in (answer, truth))
+        self.matrix = self.matrix.to(answer.device)
+        self.matrix += joint_histogram(truth, answer, (classes + 1, classes + 1))
+        if self.boundary is not None:
+            self._count_bands(answer.long(), truth.long())
 
     def _count_bands(self, answer: Tensor, truth: Tensor) -> None:
         width = band_width((truth.shape[0], truth.shape[1]), self.boundary or 0.0)
@@ -188,8 +189,15 @@ class MeanIoU(Metric):
 _NONE = torch.iinfo(torch.int64).min
 
 
-def _worst(values: Tensor, wrong: Tensor) -> Tensor:
-    """The highest of the wrong values, or _NONE."""
-    if values.numel() == 0:
-        return values.new_tensor(_NONE)
-    return values.where(wrong, _NONE).max()
+def _wrong_label(truth: Tensor, classes: int) -> Tensor:
+    """The same of labels, of which IGNORE is not wrong."""
+    if truth.dtype == torch.uint8:  # where 255 + 1 is 0
+        highest = (truth + 1).max().long() - 1
+        return highest.where(highest >= classes, _NONE)
+    return _wrong(truth.where(truth != IGNORE, 0), classes)
+
+
+def _wrong(values: Tensor, classes: int) -> Tensor:
+    """The highest value if it is no class, else the lowest if that is none, else _NONE."""
+    low, high = (value.long() for value in values.aminmax())
+    return high.where(high >= classes, low.where(low < 0, _NONE))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -11,7 +13,8 @@ from vitdense.metrics.base import Metric
 from vitdense.metrics.boundaries import encode_bands
 from vitdense.metrics.objects import Objects, join
 from vitdense.metrics.processes import share
-from vitdense.ops.run_length import encode
+from vitdense.ops.run_length import RunLengths, encode
+from vitdense.ops.run_length import join as join_runs
 from vitdense.structures import Batch, Prediction, Target
 
 IouType = Literal["bbox", "segm", "boundary"]
@@ -23,7 +26,7 @@ class ObjectMetric(Metric):
     Attributes:
         iou_type: what is compared: boxes, masks, or masks and the bands inside their outlines.
         image_ids: the place of each image that was seen.
-        truth, detections: one per image.
+        truth, detections: one per batch.
     """
 
     def __init__(self, classes: list[str], iou_type: IouType = "bbox") -> None:
@@ -39,71 +42,78 @@ class ObjectMetric(Metric):
 
     def update(self, predictions: list[Prediction], batch: Batch) -> None:
         """Count one batch in; needs labels and boxes, but for `bbox` also masks."""
+        first = len(self.image_ids)
+        answers, targets = [], []
         for prediction, target, image_id in zip(
             predictions, batch.targets, batch.image_ids, strict=True
         ):
-            if image_id in self.image_ids:
-                continue
-            truth, detections = self.objects(len(self.image_ids), prediction, target)
-            self.image_ids[image_id] = len(self.image_ids)
-            self.truth.append(truth)
-            self.detections.append(detections)
+            if image_id not in self.image_ids:
+                self.image_ids[image_id] = len(self.image_ids)
+                answers.append(prediction)
+                targets.append(target)
+        if answers:
+            self.detections.append(self.found(first, answers, targets))
+            self.truth.append(self.there(first, targets, self.detections[-1].scores.device))
 
-    def objects(
-        self, image: int, prediction: Prediction, target: Target
-    ) -> tuple[Objects, Objects]:
-        """Truth and detections of one image; of masks the area is theirs.
+    def found(self, first: int, answers: list[Prediction], targets: list[Target]) -> Objects:
+        """The detections of some images, numbered from `first`; of masks the area is theirs."""
+        scores = torch.cat([self._present(answer, "scores")[0] for answer in answers])
+        return replace(self._pack(first, answers, scores.device), scores=scores.double())
 
-        The area of the truth is its mask's or its box's where none is given.
-        """
-        scores, labels, boxes = self._present(prediction, "scores", "labels", "boxes")
-        masks = self._masks(prediction)
-        crowd = torch.zeros_like(labels, dtype=torch.bool)
-        detections = self._pack(image, labels, boxes, None, scores, crowd, masks)
-        target = target.to(boxes.device)
-        labels, boxes = self._present(target, "labels", "boxes")
-        masks = self._masks(target)
-        crowd = torch.zeros_like(labels) if target.crowd is None else target.crowd
-        ones = torch.ones_like(labels)
-        return self._pack(image, labels, boxes, target.area, ones, crowd, masks), detections
+    def there(self, first: int, targets: list[Target], device: torch.device) -> Objects:
+        """The truth of the same images; where no area is given, it is the mask's or the box's."""
+        objects = self._pack(first, targets, device)
+        sizes = [len(target.boxes) for target in targets if target.boxes is not None]
+        areas, crowds = objects.areas.split(sizes), objects.crowd.split(sizes)
+        pairs = list(zip(targets, areas, crowds, strict=True))
+        return replace(
+            objects,
+            areas=torch.cat([a if it.area is None else it.area.to(a) for it, a, _ in pairs]),
+            crowd=torch.cat([c if it.crowd is None else it.crowd.to(c) for it, _, c in pairs]),
+        )
 
     def held(self) -> tuple[Objects, Objects]:
         """Truth and detections of this process, with the images' places among those of all."""
         places = torch.tensor(share(list(self.image_ids)), dtype=torch.int64)
         return _placed(join(self.truth), places), _placed(join(self.detections), places)
 
-    def _masks(self, holder: Prediction | Target) -> Tensor | None:
-        return None if self.iou_type == "bbox" else self._present(holder, "masks")[0]
-
     def _pack(
-        self,
-        image: int,
-        labels: Tensor,
-        boxes: Tensor,
-        areas: Tensor | None,
-        scores: Tensor,
-        crowd: Tensor,
-        masks: Tensor | None,
+        self, first: int, holders: Sequence[Prediction | Target], device: torch.device
     ) -> Objects:
+        """Objects of images in one go, as an operation for each would cost more than all else."""
+        labels, boxes = (
+            torch.cat([self._present(holder, name)[0] for holder in holders]).to(device)
+            for name in ("labels", "boxes")
+        )
+        sizes = torch.tensor([len(self._present(holder, "labels")[0]) for holder in holders])
+        images = torch.arange(first, first + len(sizes)).repeat_interleave(sizes)
         boxes = boxes.double()
         sides = boxes[:, 2:] - boxes[:, :2]
-        runs = None if masks is None else encode(masks)
-        if areas is None:
-            areas = sides.prod(1) if runs is None else runs.areas()
-        bands = None
-        if masks is not None and self.iou_type == "boundary":
-            bands = encode_bands(masks)
+        runs, bands = self._encoded(holders, device)
+        areas = sides.prod(1) if runs is None else runs.areas().double()
         return Objects(
-            images=torch.full_like(labels, image, dtype=torch.int64),
+            images=images.to(device, non_blocking=True),
             labels=labels.long(),
             boxes=torch.cat([boxes[:, :2], sides], 1),
-            areas=areas.double(),
-            scores=scores.double(),
-            crowd=crowd.bool(),
-            rows=torch.arange(len(labels), device=labels.device),
+            areas=areas,
+            scores=torch.ones_like(areas),
+            crowd=torch.zeros_like(labels, dtype=torch.bool),
+            rows=torch.arange(len(labels), device=device),
             masks=runs,
             bands=bands,
         )
+
+    def _encoded(
+        self, holders: Sequence[Prediction | Target], device: torch.device
+    ) -> tuple[RunLengths | None, RunLengths | None]:
+        """Masks and the bands inside their outlines, each if they are compared."""
+        if self.iou_type == "bbox":
+            return None, None
+        masks = [self._present(holder, "masks")[0].to(device) for holder in holders]
+        runs = join_runs([encode(some) for some in masks])
+        if self.iou_type == "segm":
+            return runs, None
+        return runs, join_runs([encode_bands(some) for some in masks])
 
     def _present(self, holder: Prediction | Target, *names: str) -> list[Tensor]:
         values = [getattr(holder, name) for name in names]

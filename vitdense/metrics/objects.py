@@ -44,7 +44,10 @@ class Objects:
 
     def select(self, index: Tensor) -> Objects:
         """Those at int64 positions, in their order."""
-        return replace(self, **{name: getattr(self, name)[index] for name in _TENSORS})
+        # On a CPU several times as fast as self.boxes[index].
+        return replace(
+            self, **{name: getattr(self, name).index_select(0, index) for name in _TENSORS}
+        )
 
     def to(self, device: torch.device | str) -> Objects:
         """The same on a device."""
@@ -55,6 +58,17 @@ class Objects:
 
 
 _TENSORS = ("images", "labels", "boxes", "areas", "scores", "crowd", "rows")
+
+
+def by_score(scores: Tensor) -> Tensor:
+    """Positions of float64 [N] by descending score, equal ones in their order, NaN at the end.
+
+    On a CPU whole numbers are sorted five times as fast as others, so it sorts their bits.
+    """
+    bits = (scores + 0.0).view(torch.int64)  # -0.0 + 0.0 is 0.0
+    bits = torch.where(bits < 0, bits ^ torch.iinfo(torch.int64).max, bits)
+    bits = bits.masked_fill(scores.isnan(), torch.iinfo(torch.int64).min)
+    return (~bits).argsort(stable=True)
 
 
 def join(parts: Sequence[Objects]) -> Objects:

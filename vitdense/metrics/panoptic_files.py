@@ -13,6 +13,7 @@ from vitdense.data.base import DataError
 from vitdense.data.coco_file import read_json
 from vitdense.data.images import inside, read_image
 from vitdense.metrics.panoptic import PanopticQuality
+from vitdense.ops.panoptic import common_runs
 
 
 @dataclass(slots=True)
@@ -33,27 +34,53 @@ class PanopticFile:
     def folder(self) -> Path:
         return self.path.with_suffix("")
 
-    def segments(self, image_id: int | str) -> tuple[Tensor, list[dict[str, Any]], Path]:
-        """Map of an image [H, W] (0 = void, k = the k-th segment), its segments, and its file.
+    def image(self, image_id: int | str) -> PanopticImage:
+        """The map of an image and what its segments are."""
+        annotation = self.annotations[image_id]
+        path = inside(self.folder, annotation["file_name"], self.path)
+        infos = sorted(annotation["segments_info"], key=lambda info: info["id"])
+        return PanopticImage(path, self.path, read_image(path, 3).permute(1, 2, 0), infos)
+
+
+@dataclass(slots=True)
+class PanopticImage:
+    """One image of a panoptic file.
+
+    Attributes:
+        path: of its map.
+        source: the JSON file.
+        colors: uint8 [H, W, 3]; red + 256 * green + 65536 * blue is a segment's id, 0 = void.
+        infos: what the JSON file says of its segments, by id.
+    """
+
+    path: Path
+    source: Path
+    colors: Tensor
+    infos: list[dict[str, Any]]
+
+    def numbers(self, pixels: Tensor) -> Tensor:
+        """The segments at some pixels, among which all are: int64 [R], 0 = void, k = the k-th.
 
         Raises:
             DataError: the map has segments that the JSON has not, or the other way round.
         """
-        annotation = self.annotations[image_id]
-        path = inside(self.folder, annotation["file_name"], self.path)
-        red, green, blue = read_image(path, 3).long()
+        flat = self.colors.reshape(-1)
+        bytes_ = 3 * pixels
+        red, green, blue = (flat[k:].index_select(0, bytes_).long() for k in range(3))
         raw = red + 256 * green + 65536 * blue
-        infos = sorted(annotation["segments_info"], key=lambda info: info["id"])
-        ids = torch.tensor([0, *(info["id"] for info in infos)], dtype=torch.int64)
-        there = raw.unique()
-        for kind, odd in (("map", ~torch.isin(there, ids)), ("JSON", ~torch.isin(ids[1:], there))):
-            if odd.any():
-                segment = int((there if kind == "map" else ids[1:])[odd][0])
+        ids = torch.tensor([0, *(info["id"] for info in self.infos)], dtype=torch.int64)
+        places = torch.searchsorted(ids, raw).clamp(max=len(ids) - 1)
+        missing = torch.bincount(places, minlength=len(ids))[1:] == 0
+        for kind, odd in (
+            ("map", raw[ids.index_select(0, places) != raw]),
+            ("JSON", ids[1:][missing]),
+        ):
+            if len(odd):
                 raise DataError(
-                    f"{path}: segment {segment} is in the {kind} only; {self.path} and its "
-                    "folder must hold the same segments"
+                    f"{self.path}: segment {int(odd.min())} is in the {kind} only; {self.source} "
+                    "and its folder must hold the same segments"
                 )
-        return torch.searchsorted(ids, raw), infos, path
+        return places
 
 
 def read_panoptic(path: Path) -> PanopticFile:
@@ -102,19 +129,29 @@ def _count(
 ) -> None:
     if image_id not in answers.annotations:
         raise DataError(f"{answers.path}: has no prediction for image {image_id!r}")
-    there, infos, path = truth.segments(image_id)
-    answer, found, other = answers.segments(image_id)
-    if there.shape != answer.shape:
+    there, answer = truth.image(image_id), answers.image(image_id)
+    if there.colors.shape != answer.colors.shape:
         raise DataError(
-            f"{other}: is of size {list(answer.shape)}, the truth {path} of {list(there.shape)}"
+            f"{answer.path}: is of size {list(answer.colors.shape[:2])}, the truth {there.path} "
+            f"of {list(there.colors.shape[:2])}"
         )
-    odd = {info["category_id"] for info in found} - labels.keys()
+    odd = {info["category_id"] for info in answer.infos} - labels.keys()
     if odd:
-        raise DataError(f"{other}: has category {min(odd)}, which {truth.path} does not list")
-    metric.count(
-        answer,
-        torch.tensor([labels[info["category_id"]] for info in found], dtype=torch.int64),
-        there,
-        torch.tensor([labels[info["category_id"]] for info in infos], dtype=torch.int64),
-        torch.tensor([bool(info.get("iscrowd")) for info in infos]).bool(),
+        raise DataError(f"{answer.path}: has category {min(odd)}, which {truth.path} does not list")
+    count_image(metric, there, answer, labels)
+
+
+def count_image(
+    metric: PanopticQuality, there: PanopticImage, answer: PanopticImage, labels: dict[int, int]
+) -> None:
+    """Count one image in, whose maps are of one size; `labels` are the classes of categories."""
+    starts, lengths = common_runs(there.colors, answer.colors)
+    numbers = there.numbers(starts), answer.numbers(starts)
+    classes, found = (
+        torch.tensor([labels[info["category_id"]] for info in image.infos], dtype=torch.int64)
+        for image in (there, answer)
     )
+    crowd = torch.tensor([bool(info.get("iscrowd")) for info in there.infos]).bool()
+    pixels = lengths.new_zeros(len(classes) + 1, len(found) + 1)
+    pixels.view(-1).index_add_(0, numbers[0] * (len(found) + 1) + numbers[1], lengths)
+    metric.count(pixels, found, classes, crowd)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vitdense.metrics.matching import MOST_PAIRS, Matches
 from vitdense.metrics.object_metric import ObjectMetric
-from vitdense.metrics.objects import Objects
+from vitdense.metrics.objects import Objects, by_score
 from vitdense.metrics.overlaps import box_overlaps
 from vitdense.metrics.processes import gather_matches
 from vitdense.ops.run_length import chunks, spread
@@ -54,14 +54,16 @@ class VocMetric(ObjectMetric):
         for objects in (truth, detections):
             objects.boxes[:, 2:] += float(self.inclusive)
         matches = gather_matches(match(truth, detections, len(self.classes), self.iou))
-        average = mean_precision(matches, self.points).tolist()
-        numbers = {
-            f"AP/{name}": value
-            for name, value in zip(self.classes, average, strict=True)
-            if not math.isnan(value)
-        }
-        mean = sum(numbers.values()) / len(numbers) if numbers else math.nan
-        return {"mAP": mean} | numbers
+        return summarize(matches, self.classes, self.points)
+
+
+def summarize(matches: Matches, classes: list[str], points: Literal[11, "all"]) -> dict[str, float]:
+    """`mAP`, and `AP/<class>` of the classes that have objects to be found."""
+    average = mean_precision(matches, points).tolist()
+    pairs = zip(classes, average, strict=True)
+    numbers = {f"AP/{name}": value for name, value in pairs if not math.isnan(value)}
+    mean = sum(numbers.values()) / len(numbers) if numbers else math.nan
+    return {"mAP": mean} | numbers
 
 
 def match(truth: Objects, detections: Objects, classes: int, iou: float) -> Matches:
@@ -71,7 +73,7 @@ def match(truth: Objects, detections: Objects, classes: int, iou: float) -> Matc
     overlap, best = _best_truths(truth, owner, detections, group)
     hit = overlap >= iou
     # Who comes first takes the truth: by score, then by place.
-    order = (-detections.scores).argsort(stable=True)
+    order = by_score(detections.scores)
     turn = torch.empty_like(order)
     turn[order] = torch.arange(len(order), device=order.device)
     first = torch.full_like(owner, len(order))
@@ -126,7 +128,7 @@ def mean_precision(matches: Matches, points: Literal[11, "all"]) -> Tensor:
 
     Precision at a recall is the best at this recall or beyond.
     """
-    order = (-matches.scores).argsort(stable=True)
+    order = by_score(matches.scores)
     order = order[matches.labels[order].argsort(stable=True)]
     order = order[matches.ignored[order] == 0].cpu()
     labels, right = matches.labels.cpu()[order], matches.matched.cpu()[order]

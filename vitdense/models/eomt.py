@@ -20,23 +20,29 @@ from vitdense.backbones.base import Backbone
 from vitdense.heads.segmentation.eomt_head import EomtHead, attention_bias
 from vitdense.heads.segmentation.mask_head import MaskOutputs
 from vitdense.losses.mask_criterion import MaskCriterion
-from vitdense.models.base import Model
+from vitdense.models.headed import HeadedModel
 from vitdense.registry import MODELS, Builder, Fraction
-from vitdense.structures import Frame, Prediction, Size, Target
+from vitdense.structures import Size, Target
 
 
 @MODELS.register("eomt")
-class EomtModel(Model):
+class EomtModel(HeadedModel):
     """Queries in the last blocks of a plain ViT of timm, with registers or rotary positions too.
+
+    With `image_head` another head labels the whole image, from the patches or the class token
+    behind the last block.
 
     Raises:
         ValueError: the backbone is no plain ViT that takes images of any size, or it has options
             for maps (`windows`, `level_norm`, `class_token`), of which there are none here.
     """
 
+    head: EomtHead
+
     def __init__(
         self,
         num_classes: int,
+        image_classes: int = 0,
         *,
         backbone: Builder[Backbone],  # a plain ViT of timm; all blocks to the last of out_indices
         task: Literal["semantic", "instance", "panoptic"] = "panoptic",  # what to answer
@@ -52,8 +58,13 @@ class EomtModel(Model):
         background: NonNegativeFloat = 0.1,  # weight of "no object" among the classes
         mask_points: PositiveInt = 12544,  # of an image, and of each mask, in both
         max_detections: PositiveInt = 100,  # instance: best ones kept for each image
+        nms: Fraction
+        | None = None,  # instance: overlap from which a class's lesser mask is dropped
         score_threshold: Fraction = 0.8,  # panoptic: queries less sure of their class are left out
         overlap_threshold: Fraction = 0.8,  # panoptic: and those that win less of their mask
+        image_head: Literal["mean", "attention", "token"]
+        | None = None,  # labels whole images too: by the pooled patches, or by the class token
+        image_weight: PositiveFloat = 1.0,  # of the loss of image_head
     ) -> None:
         super().__init__()
         self.num_classes, self.task = num_classes, task
@@ -74,6 +85,7 @@ class EomtModel(Model):
                 points=mask_points,
             ),
             max_detections=max_detections,
+            nms=nms,
             score_threshold=score_threshold,
             overlap_threshold=overlap_threshold,
         )
@@ -83,14 +95,19 @@ class EomtModel(Model):
         self.masking = masking
         self.annealing = check_annealing(annealing, blocks)
         self.annealing_power = annealing_power
+        self.add_image_head(image_head, image_classes, image_weight)
 
     @property
     def vit(self) -> Any:
         """timm's model within the backbone."""
         return self.backbone.model
 
-    def forward(self, images: Tensor, targets: list[Target] | None = None) -> MaskOutputs:
-        """The last answers for uint8 images [B, C, H, W]; in training those before blocks too."""
+    def forward(self, images: Tensor, targets: list[Target] | None = None) -> Any:
+        """The last answers for uint8 images [B, C, H, W]; in training those before blocks too.
+
+        Returns:
+            `MaskOutputs`, with an image head within `ImageOutputs`.
+        """
         from vitdense.backbones.windows import embed
 
         grid = images.shape[-2] // self.divisor, images.shape[-1] // self.divisor
@@ -105,14 +122,19 @@ class EomtModel(Model):
             if index >= self.first:
                 probability = probabilities[index - self.first]
                 if self.training or probability > 0:
-                    answers.append(self._answer(tokens, grid))
+                    answers.append(self.head(self._read(tokens, grid)[:2]))
                 if probability > 0:
                     bias = attention_bias(answers[-1].masks[0], grid, tokens, probability)
             tokens = self._run(block, tokens, rope_of(self.vit, rope, index), bias)
-        answers.append(self._answer(tokens, grid))
+        queries, patches, token = self._read(tokens, grid)
+        answers.append(self.head([queries, patches]))
         logits = torch.cat([answer.logits for answer in answers])
-        return MaskOutputs(logits, [answer.masks[0] for answer in answers], answers[-1].canvas)
+        masks = [answer.masks[0] for answer in answers]
+        outputs = MaskOutputs(logits, masks, answers[-1].canvas)
+        return self.with_image(outputs, token if self.wants_token else patches)
 
+    # compiled code would be bound to one value of `progress`
+    @torch.compiler.disable
     def masking_probabilities(self) -> list[float]:
         """How likely each query is held to its mask in each of the last blocks.
 
@@ -124,28 +146,11 @@ class EomtModel(Model):
             return [0.0] * len(self.annealing)
         return [fade(self.progress, span) ** self.annealing_power for span in self.annealing]
 
-    def loss(self, outputs: MaskOutputs, targets: list[Target]) -> dict[str, Tensor]:
-        """The head's loss terms."""
-        return self.head.loss(outputs, targets)
-
-    def predict(self, outputs: MaskOutputs, frames: list[Frame]) -> list[Prediction]:
-        """The head's answers in original pixels."""
-        return self.head.predict(outputs, frames)
-
-    def semantic_logits(self, outputs: MaskOutputs) -> Tensor:
-        """float [B, C, h, w] over the canvas, for the task "semantic"."""
-        return self.head.semantic_logits(outputs)
-
-    def probabilities(self, scores: Tensor) -> Tensor:
-        """As the head understands its scores."""
-        return self.head.probabilities(scores)
-
-    def _answer(self, tokens: Tensor, grid: Size) -> MaskOutputs:
-        """What queries and patches say where they are now."""
-        normed = self.norm(self.vit.norm(tokens))
-        queries = normed[:, : self.head.queries.num_embeddings]
+    def _read(self, tokens: Tensor, grid: Size) -> list[Tensor]:
+        """Queries [B, Q, C], patches [B, C, h, w] and class token [B, C], where they are now."""
+        normed, queries = self.norm(self.vit.norm(tokens)), self.head.queries.num_embeddings
         patches = normed[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
-        return self.head([queries, patches])
+        return [normed[:, :queries], patches, normed[:, queries]]
 
     def _run(
         self, block: Any, tokens: Tensor, rope: dict[str, Tensor], bias: Tensor | None

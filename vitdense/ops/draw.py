@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vitdense.ops.plates import Plates
 from vitdense.structures import IGNORE, Prediction, Target
 
 if TYPE_CHECKING:
@@ -59,14 +60,16 @@ def draw(
             _lay_mask(pixels, objects.mask(index), color)
     picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     pen = ImageDraw.Draw(picture)
-    if semantic is not None:
-        _name_regions(pen, semantic, classes, colors)
-    if objects.masked:
-        _name_masks(pen, objects)
-    else:
-        _draw_boxes(pen, objects)
+    plates = Plates(pen)
     if title := _title(answer, labels):
-        _write(pen, title, 0, 0, (255, 255, 255))
+        plates.add(title, 0, 0, (255, 255, 255))
+    if semantic is not None:
+        _name_regions(semantic, classes, colors, plates)
+    if objects.masked:
+        _name_masks(objects, plates)
+    else:
+        _draw_boxes(pen, objects, plates)
+    plates.write()
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
@@ -220,32 +223,33 @@ def _lay_mask(pixels: Pixels, mask: NDArray[np.bool_], color: Color) -> None:
         pixels[place] += (np.array(color, dtype=np.float32) - pixels[place]) * alpha
 
 
-def _draw_boxes(pen: ImageDraw.ImageDraw, objects: _Objects) -> None:
+def _draw_boxes(pen: ImageDraw.ImageDraw, objects: _Objects, plates: Plates) -> None:
     width, height = pen.im.size
     line = max(1, round(min(width, height) / 200))
     for box, color in zip(objects.boxes, objects.colors, strict=False):
         x1, y1, x2, y2 = (round(value) for value in box)
         far = (max(x1, min(x2, width) - 1), max(y1, min(y2, height) - 1))
         pen.rectangle(((x1, y1), far), outline=color, width=line)
-    for box, color, name in zip(objects.boxes, objects.colors, objects.names, strict=False):
-        _write(pen, name, round(box[0]), round(box[1]), color)
+    named = zip(objects.boxes, objects.colors, objects.names, strict=False)
+    for box, color, name in reversed(list(named)):
+        plates.add(name, round(box[0]), round(box[1]), color)
 
 
-def _name_masks(pen: ImageDraw.ImageDraw, objects: _Objects) -> None:
+def _name_masks(objects: _Objects, plates: Plates) -> None:
     """Write each name where its mask is widest, or above a mask that it would hide."""
-    room = _text_size(pen)
-    for index, (name, color) in enumerate(zip(objects.names, objects.colors, strict=True)):
+    named = list(enumerate(zip(objects.names, objects.colors, strict=True)))
+    for index, (name, color) in reversed(named):
         mask = objects.mask(index)
         x, y, depth = _deepest(mask)
-        if depth >= room:
-            _write(pen, name, x, y, color, centered=True)
+        if depth >= plates.size:
+            plates.add(name, x, y, color, centered=True)
         elif depth and objects.named:
             rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-            _write(pen, name, int(columns[0]), int(rows[0]), color)
+            plates.add(name, int(columns[0]), int(rows[0]), color)
 
 
 def _name_regions(
-    pen: ImageDraw.ImageDraw, semantic: NDArray, classes: list[str], colors: list[Color]
+    semantic: NDArray, classes: list[str], colors: list[Color], plates: Plates
 ) -> None:
     """Write each larger class's name where its region is widest."""
     for label in np.unique(semantic):
@@ -253,7 +257,7 @@ def _name_regions(
         if label == IGNORE or region.mean() < _MARGIN:
             continue
         x, y, _ = _deepest(region)
-        _write(pen, classes[label], x, y, colors[label], centered=True)
+        plates.add(classes[label], x, y, colors[label], centered=True)
 
 
 def _deepest(region: NDArray[np.bool_]) -> tuple[int, int, float]:
@@ -267,27 +271,3 @@ def _deepest(region: NDArray[np.bool_]) -> tuple[int, int, float]:
     depth = distance_transform_edt(np.pad(region[rows, columns], 1))[1:-1, 1:-1]
     y, x = np.unravel_index(depth.argmax(), depth.shape)
     return int(x) + columns.start, int(y) + rows.start, float(depth[y, x])
-
-
-def _text_size(pen: ImageDraw.ImageDraw) -> int:
-    return max(11, round(min(pen.im.size) / 36))
-
-
-def _write(
-    pen: ImageDraw.ImageDraw, text: str, x: int, y: int, color: Color, centered: bool = False
-) -> None:
-    """Text on a plate of the color: above (x, y), or around it, and always inside the image."""
-    from PIL import ImageFont
-
-    width, height = pen.im.size
-    size = _text_size(pen)
-    font = ImageFont.load_default(size)
-    left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
-    pad = max(1, size // 6)
-    wide, high = int(right - left) + 2 * pad, int(bottom - top) + 2 * pad
-    x, y = (x - wide // 2, y - high // 2) if centered else (x, y - high)
-    x, y = max(0, min(x, width - wide)), max(0, min(y, height - high))
-    bright = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 140
-    pen.rectangle(((x, y), (x + wide - 1, y + high - 1)), fill=color)
-    ink = (0, 0, 0) if bright else (255, 255, 255)
-    pen.text((x + pad - left, y + pad - top), text, font=font, fill=ink)

@@ -15,6 +15,9 @@ from torch import Tensor
 
 Mask = NDArray[np.bool_]
 
+_NMS_ROWS = 64
+"""Rows whose pixels are numbers at once, so that large masks need little memory."""
+
 
 def masks_to_boxes(masks: Tensor) -> Tensor:
     """Tight boxes around masks, up to the far edge of their last pixels.
@@ -38,6 +41,31 @@ def _extent(hits: Tensor) -> tuple[Tensor, Tensor]:
     first = hits.int().argmax(dim=1)
     last = hits.shape[1] - hits.flip(1).int().argmax(dim=1)
     return first, last * hits.any(dim=1)
+
+
+def mask_nms(masks: Tensor, labels: Tensor, threshold: float) -> Tensor:
+    """Which masks overlap no better one of their label: non-maximum suppression.
+
+    Args:
+        masks: bool [N, H, W], best first, none empty.
+        labels: int64 [N].
+        threshold: 0..1, intersection over union above which the lesser mask is dropped.
+
+    Returns:
+        int64 [K], the places of those that stay, in order.
+    """
+    common = torch.zeros(len(masks), len(masks), device=masks.device)
+    for rows in masks.split(_NMS_ROWS, dim=1):
+        pixels = rows.flatten(1).float()
+        common += pixels @ pixels.T
+    area = common.diagonal()
+    overlap = common / (area[:, None] + area - common)
+    rivals = ((overlap > threshold) & (labels[:, None] == labels)).cpu()
+    kept = torch.ones(len(masks), dtype=torch.bool)
+    for place in range(len(masks)):
+        if kept[place]:
+            kept[place + 1 :] &= ~rivals[place, place + 1 :]
+    return kept.nonzero()[:, 0].to(masks.device)
 
 
 def number_masks(masks: Tensor) -> Tensor:

@@ -1,13 +1,15 @@
-"""From masks that overlap to one segment per pixel."""
+"""From masks that overlap to one segment per pixel, and what two such maps have in common."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vitdense.ops.restoring import restored
+from vitdense.ops.run_length import WORD, nonzero_bytes
 from vitdense.structures import Frame, Prediction
 
 
@@ -104,3 +106,30 @@ def _number(kept: Tensor, labels: Tensor, things: Tensor) -> tuple[Tensor, Tenso
             stuff[label] = known
         numbers.append(known if is_kept else 0)
     return labels.new_tensor(numbers), labels.new_tensor(segments)
+
+
+def common_runs(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Runs of pixels, row after row, over which neither of two maps changes.
+
+    So that what a color means is looked up once per run. It compares bytes, and looks at eight
+    results at a time.
+
+    Args:
+        first, second: colors [H, W, 3] or whole numbers [H, W], both of one type.
+
+    Returns:
+        int64 [R] first pixels and [R] lengths.
+    """
+    pixels = first.shape[0] * first.shape[1]
+    one, other = (maps.contiguous().view(torch.uint8).flatten() for maps in (first, second))
+    size = len(one) // max(pixels, 1)
+    number = max(len(one) - size, 0)
+    changed = torch.empty(number + -number % WORD, dtype=torch.bool, device=one.device)
+    changed[number:] = False
+    torch.ne(one[size:], one[:number], out=changed[:number])
+    changed[:number] |= other[size:] != other[:number]
+    places = nonzero_bytes(changed.view(torch.int64))
+    if size > 1:
+        places = (places // size).unique_consecutive()
+    starts = F.pad(places + 1, (1, 0))[:pixels]
+    return starts, F.pad(starts, (0, 1), value=pixels).diff()

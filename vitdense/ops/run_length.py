@@ -163,13 +163,17 @@ def _changes(masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         masks = F.pad(masks, (0, -width % WORD))
     masks = masks.contiguous()
     words = (masks.clone() if masks.storage_offset() % WORD else masks).view(torch.int64)
-    changed = (words[:, 1:] ^ words[:, :-1]).flatten()
-    place = changed.nonzero().squeeze(1)
-    inner = changed[place].view(torch.uint8).nonzero().squeeze(1)
-    place = place[inner // WORD]
-    per_row = words.shape[2]
-    line, column = place // per_row, place % per_row * WORD + inner % WORD
+    place = nonzero_bytes((words[:, 1:] ^ words[:, :-1]).flatten())
+    per_row = words.shape[2] * WORD
+    line, column = place // per_row, place % per_row
     return line // (height - 1) if height > 1 else line, line % max(height - 1, 1) + 1, column
+
+
+def nonzero_bytes(words: Tensor) -> Tensor:
+    """Positions of the bytes of int64 [N] that are not 0, int64 [M]; most words should be 0."""
+    place = words.nonzero().squeeze(1)
+    inner = words.index_select(0, place).view(torch.uint8).nonzero().squeeze(1)
+    return (place.index_select(0, inner >> 3) << 3) + (inner & 7)
 
 
 def from_counts(runs: Tensor, starts: Tensor, sizes: Tensor) -> RunLengths:

@@ -38,6 +38,7 @@ class DeformableDetrHead(SigmoidQueryHead):
         points: PositiveInt = 4,  # sampled by each head on each level
         ffn: PositiveInt = 1024,  # hidden width of the feed-forward layers
         encoder_layers: NonNegativeInt = 6,  # layers of deformable attention over the cells
+        checkpointing: bool = False,  # recompute the encoder in backward: less memory, more time
         decoder_layers: PositiveInt = 6,  # layers of queries over the cells
         queries: PositiveInt = 300,  # most objects that an image can have
         dropout: Fraction = 0.1,  # in every transformer layer
@@ -62,7 +63,10 @@ class DeformableDetrHead(SigmoidQueryHead):
         )
         sizes = (width, heads, ffn, dropout, num_levels, points)
         self.encoder = DeformableEncoder(
-            [DeformableEncoderLayer(*sizes) for _ in range(encoder_layers)], num_levels, width
+            [DeformableEncoderLayer(*sizes) for _ in range(encoder_layers)],
+            num_levels,
+            width,
+            checkpointing=checkpointing,
         )
         self._build_queries()
         # without refinement all layers predict from the same references, by one predictor

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vitdense.heads.detection.proposals import cell_centres
 from vitdense.layers.position import sine_position
@@ -19,6 +20,7 @@ class DeformableEncoder(nn.Module):
         layers: of the kind `DeformableEncoderLayer`.
         levels, width: of the cells.
         offset, temperature: of the sine positions.
+        checkpointing: backward computes the layers again instead of keeping what they made.
     """
 
     def __init__(
@@ -29,12 +31,14 @@ class DeformableEncoder(nn.Module):
         *,
         offset: float = -0.5,
         temperature: float = 10000,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         # a parameter that no layer reads would have no gradient
         self.level_embed = nn.Parameter(torch.randn(levels, width)) if self.layers else None
         self.offset, self.temperature = offset, temperature
+        self.checkpointing = checkpointing
 
     def forward(self, memory: Tensor, shapes: list[Size]) -> Tensor:
         """float [B, S, width] -> the same shape."""
@@ -43,7 +47,10 @@ class DeformableEncoder(nn.Module):
         centres = cell_centres(shapes, self.level_embed)[None]
         positions = self._positions(shapes, self.level_embed)
         for layer in self.layers:
-            memory = layer(memory, positions, centres, shapes)
+            if self.checkpointing and torch.is_grad_enabled():
+                memory = checkpoint(layer, memory, positions, centres, shapes, use_reentrant=False)
+            else:
+                memory = layer(memory, positions, centres, shapes)
         return memory
 
     def _positions(self, shapes: list[Size], level_embed: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ class NoisyQueries(NamedTuple):
         group = torch.cat((group, group.new_full((ordinary,), -1)))
         return (group[:, None] == group) | (group == -1)
 
+    @torch.compiler.disable  # else it would be compiled for each number of groups
     def split(self, decoded: Queries) -> tuple[Queries, Queries]:
         """Predictions [L, B, D + Q, ...] -> those of the noisy queries, and the rest."""
         count = self.queries.shape[1]

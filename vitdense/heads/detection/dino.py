@@ -43,6 +43,7 @@ class DinoHead(TwoStageHead):
         points: PositiveInt | list[PositiveInt] = 4,  # sampled by each head, on each level
         ffn: PositiveInt = 2048,  # hidden width of the feed-forward layers
         encoder_layers: NonNegativeInt = 6,  # layers of deformable attention over the cells
+        checkpointing: bool = False,  # recompute the encoder in backward: less memory, more time
         decoder_layers: PositiveInt = 6,  # layers of queries over the cells
         queries: PositiveInt = 900,  # most objects that an image can have
         dropout: Fraction = 0.0,  # in every transformer layer
@@ -103,6 +104,7 @@ class DinoHead(TwoStageHead):
             width,
             offset=0,
             temperature=20,
+            checkpointing=checkpointing,
         )
         self.criterion = SetCriterion(
             CLASS_LOSSES[class_loss](), class_cost=class_cost, class_weight=class_weight

@@ -73,17 +73,17 @@ class TwoStageHead(SigmoidQueryHead):
             targets: make noisy queries.
             pixels: float [B, M, h, w], features for masks.
         """
-        others: dict[str, Queries] = {}
+        # a small image may have fewer cells than there are queries
+        count = min(self.num_queries, memory.shape[1]) if self.first_stage else self.num_queries
+        noisy, mask = self._noisy(targets, canvas, count)
         queries, references, trained = self._start(memory, shapes)
-        if trained is not None:
-            others["_encoder"] = Queries(trained.logits[None], trained.boxes[None])
-        noisy = self._noisy(targets, canvas)
-        mask = None
         if noisy is not None:
-            mask = noisy.mask(queries.shape[1])
             queries = torch.cat((noisy.queries.to(queries.dtype), queries), 1)
             references = torch.cat((noisy.references.to(references.dtype), references), 1)
         decoded = self.decoder(queries, references, memory, shapes, mask=mask, embed=self.embed)
+        others: dict[str, Queries] = {}
+        if trained is not None:
+            others["_encoder"] = Queries(trained.logits[None], trained.boxes[None])
         if noisy is not None:
             others["_denoising"], decoded = noisy.split(decoded)
         return QueryOutputs(
@@ -113,14 +113,21 @@ class TwoStageHead(SigmoidQueryHead):
         if self.contents is None:
             assert best is not None
             return best.cells.detach(), references, trained
-        # a small image may have fewer cells than there are queries
         contents = self.contents.weight[: references.shape[1]]
         return contents.expand(batch, -1, -1), references, trained
 
-    def _noisy(self, targets: list[Target] | None, canvas: Size) -> NoisyQueries | None:
+    # Its sizes follow from the number of objects: compiled, each would be code of its own. It comes
+    # before `_start`: code that is compiled up to here would hand out boxes beside their detached
+    # copies, and then torch (2.15) loses their gradient.
+    @torch.compiler.disable
+    def _noisy(
+        self, targets: list[Target] | None, canvas: Size, ordinary: int
+    ) -> tuple[NoisyQueries, Tensor] | tuple[None, None]:
+        """Noisy queries, and which queries each may see when they go before the ordinary ones."""
         if self.denoising is None or targets is None or not self.training:
-            return None
-        return self.denoising(Truths.from_targets(targets, canvas))
+            return None, None
+        noisy = self.denoising(Truths.from_targets(targets, canvas))
+        return noisy, noisy.mask(ordinary)
 
 
 class _LearnedReferences(nn.Module):

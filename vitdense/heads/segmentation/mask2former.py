@@ -43,6 +43,7 @@ class Mask2FormerHead(MaskHead):
         points: PositiveInt = 4,  # sampled by each head on each level
         encoder_layers: NonNegativeInt = 6,  # layers of deformable attention over the cells
         encoder_ffn: PositiveInt = 1024,  # hidden width of their feed-forward layers
+        checkpointing: bool = False,  # recompute the encoder in backward: less memory, more time
         decoder_layers: PositiveInt = 9,  # layers of queries over the cells
         ffn: PositiveInt = 2048,  # hidden width of their feed-forward layers
         dropout: Fraction = 0.0,  # in every transformer layer
@@ -52,6 +53,8 @@ class Mask2FormerHead(MaskHead):
         background: NonNegativeFloat = 0.1,  # weight of "no object" among the classes
         mask_points: PositiveInt = 12544,  # of an image, and of each mask, in both
         max_detections: PositiveInt = 100,  # instance: best ones kept for each image
+        nms: Fraction
+        | None = None,  # instance: overlap from which a class's lesser mask is dropped
         score_threshold: Fraction = 0.8,  # panoptic: queries less sure of their class are left out
         overlap_threshold: Fraction = 0.8,  # panoptic: and those that win less of their mask
     ) -> None:
@@ -60,8 +63,9 @@ class Mask2FormerHead(MaskHead):
             background=background, points=mask_points,
         )  # fmt: skip
         super().__init__(
-            levels, num_classes, task, criterion, max_detections, score_threshold, overlap_threshold
-        )
+            levels, num_classes, task, criterion, max_detections, nms, score_threshold,
+            overlap_threshold,
+        )  # fmt: skip
         if width % 4:
             raise ValueError(f"width: must be a multiple of 4 for the positions, not {width}")
         if not encoder_layers and decoder_layers < num_levels - 1:
@@ -75,6 +79,7 @@ class Mask2FormerHead(MaskHead):
             [levels[i].channels for i in self.fine],
             [levels[i].channels for i in self.coarse],
             num_levels, width, heads, encoder_ffn, encoder_layers, dropout, points,
+            checkpointing,
         )  # fmt: skip
         self.decoder = MaskedDecoder(
             num_classes + 1, queries, num_levels, width, heads, ffn, decoder_layers, dropout

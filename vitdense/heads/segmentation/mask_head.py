@@ -11,7 +11,7 @@ from vitdense.heads.base import Head
 from vitdense.heads.segmentation.base import classify
 from vitdense.losses.mask_criterion import MaskCriterion
 from vitdense.losses.matcher import full_precision
-from vitdense.ops.masks import masks_to_boxes
+from vitdense.ops.masks import mask_nms, masks_to_boxes
 from vitdense.ops.panoptic import merge_masks
 from vitdense.ops.restoring import restore_masks
 from vitdense.structures import Frame, Level, Prediction, Size, Target, Task
@@ -46,6 +46,7 @@ class MaskHead(Head):
         task: what it answers.
         criterion: its loss.
         max_detections: instance: best pairs of query and class kept for each image.
+        nms: instance: overlap of masks from which the lesser of a class is dropped.
         score_threshold, overlap_threshold: panoptic: see `merge_masks`.
 
     Raises:
@@ -61,6 +62,7 @@ class MaskHead(Head):
         task: Task,
         criterion: MaskCriterion | None = None,
         max_detections: int = 100,
+        nms: float | None = None,
         score_threshold: float = 0.8,
         overlap_threshold: float = 0.8,
     ) -> None:
@@ -69,7 +71,7 @@ class MaskHead(Head):
             raise ValueError(f"task: is {task!r}, not one of {', '.join(TASKS)}")
         self.task = task
         self.criterion = criterion or MaskCriterion()
-        self.max_detections = max_detections
+        self.max_detections, self.nms = max_detections, nms
         self.score_threshold, self.overlap_threshold = score_threshold, overlap_threshold
         self.register_buffer("things", torch.ones(num_classes, dtype=torch.bool))
 
@@ -103,13 +105,11 @@ class MaskHead(Head):
         found, sureness = restore_masks(masks[best // self.num_classes], frame)
         scores, order = (scores * sureness).sort(descending=True, stable=True)
         order = order[: int((scores > 0).sum())]
-        found = found[order]
-        return Prediction(
-            scores=scores[: len(order)],
-            labels=best[order] % self.num_classes,
-            boxes=masks_to_boxes(found),
-            masks=found,
-        )
+        found, labels, scores = found[order], best[order] % self.num_classes, scores[: len(order)]
+        if self.nms is not None:
+            kept = mask_nms(found, labels, self.nms)
+            found, labels, scores = found[kept], labels[kept], scores[kept]
+        return Prediction(scores, labels, masks_to_boxes(found), found)
 
     def _segments(self, logits: Tensor, masks: Tensor, frame: Frame) -> Prediction:
         return merge_masks(

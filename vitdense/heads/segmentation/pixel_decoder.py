@@ -22,6 +22,7 @@ class PixelDecoder(nn.Module):
         levels: of attention; those missing are made from the last by halving it.
         width, heads, hidden, dropout, points: of the layers of attention.
         layers: how many, which may be none.
+        checkpointing: backward computes them again instead of keeping what they made.
     """
 
     def __init__(
@@ -35,12 +36,17 @@ class PixelDecoder(nn.Module):
         layers: int,
         dropout: float,
         points: int,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.inputs = LevelInputs(coarse, width, levels)
         sizes = (width, heads, hidden, dropout, levels, points)
         self.encoder = DeformableEncoder(
-            [DeformableEncoderLayer(*sizes) for _ in range(layers)], levels, width, offset=0.0
+            [DeformableEncoderLayer(*sizes) for _ in range(layers)],
+            levels,
+            width,
+            offset=0.0,
+            checkpointing=checkpointing,
         )
         self.fpn = nn.ModuleList(FpnStep(channels, width) for channels in fine)
         self.project = _xavier(nn.Conv2d(width, width, 1))
