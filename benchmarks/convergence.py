@@ -85,6 +85,30 @@ def splits(root: Path) -> tuple[str, str]:
     return ("training", "validation") if ade20k else ("train", "val")
 
 
+def counted_from_1(root: Path, folder: Path) -> Path:
+    """The set, or a copy in `folder` whose labels are ADE20K's, as ours and the peers expect.
+
+    There 0 is no class but what is ignored; `shapes` counts its classes from 0.
+    """
+    import numpy as np
+    from PIL import Image
+
+    text = json.loads((root / "classes.json").read_text())
+    if all(each["id"] for each in text["classes"]):
+        return root
+    copy = folder / root.name
+    for split in splits(root):
+        (copy / "annotations" / split).mkdir(parents=True, exist_ok=True)
+        for path in sorted((root / "annotations" / split).glob("*.png")):
+            labels = np.asarray(Image.open(path)) + np.uint8(1)
+            Image.fromarray(labels).save(copy / "annotations" / split / path.name)
+    if not (copy / "images").exists():
+        (copy / "images").symlink_to((root / "images").resolve())
+    classes = [{**each, "id": each["id"] + 1} for each in text["classes"]]
+    (copy / "classes.json").write_text(json.dumps({"classes": classes}))
+    return copy
+
+
 def train_ours(
     contest: Contest, name: str, root: Path, minutes: float, folder: Path
 ) -> dict[str, Any]:
@@ -204,7 +228,10 @@ def main() -> None:
                 if (model, name, minutes) in done or (peer and not options.peers):
                     continue
                 print(f"{name}, {minutes:g} min: {model}", flush=True)
-                place = Path(root), minutes, options.out
+                where = Path(root)
+                if options.task == "segmentation":
+                    where = counted_from_1(where, options.out)
+                place = where, minutes, options.out
                 if peer:
                     found = train_peer(contest, model, *place, options.peers, options.threads)
                 else:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.engine.small import SEGMENTATION, Make, small_config
 from vitdense.backbones.base import Backbone
+from vitdense.config import Config
 from vitdense.models.base import Model
 from vitdense.structures import Frame, Level, Prediction, Target
 
@@ -69,3 +73,18 @@ class TinyModel(Model):
 def tiny_model() -> TinyModel:
     torch.manual_seed(0)
     return TinyModel()
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("shapes")
+
+
+@pytest.fixture
+def make(shapes: Path, tmp_path: Path) -> Make:
+    """A config of a template, with overrides, that writes to `tmp_path / out`."""
+
+    def make(*overrides: str, text: str = SEGMENTATION, out: str = "run") -> Config:
+        return small_config(shapes, tmp_path / out, overrides, text)
+
+    return make

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vitdense.config import Config, loads
+from tests.engine.small import Make
 from vitdense.engine import run as run_module
 from vitdense.engine import train as train_module
 from vitdense.engine.best import Best
@@ -20,43 +18,22 @@ from vitdense.engine.run import Run
 from vitdense.engine.runtime import Runtime
 from vitdense.engine.train import train
 
-TEXT = """
-model:
-  backbone:
-    name: timm
-    model: vit_tiny_patch16_224
-    img_size: 32
-    patch_size: 8
-    options: {depth: 1, embed_dim: 16, num_heads: 2}
-  neck: {name: simple_feature_pyramid, channels: 16}
-  head: {name: linear, norm: layer}
-data:
-  dataset: {name: shapes, task: semantic, images: 6, size: 32}
-  root: ROOT
-  transforms: {name: segmentation, size: 32, crop: 32}
-  workers: 0
-train: {steps: 8, batch_size: 1, evaluations: 8, pictures: 1, patience: 2, observers: [csv]}
-output: OUT
-device: cpu
-"""
-
-Make = Callable[..., Config]
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("shapes")
+OVERRIDES = (
+    "data.dataset.images=6",
+    "train.steps=8",
+    "train.batch_size=1",
+    "train.ema=null",
+    "train.evaluations=8",
+    "train.pictures=1",
+    "train.patience=2",
+    "train.observers=[csv]",
+)
 
 
 @pytest.fixture
-def make(root: Path, tmp_path: Path) -> Make:
-    """The config above with overrides, that writes to `tmp_path / out`."""
-
-    def make(*overrides: str, out: str = "run") -> Config:
-        text = TEXT.replace("ROOT", str(root)).replace("OUT", str(tmp_path / out))
-        return loads(text, "test.yaml", overrides)
-
-    return make
+def make(make: Make) -> Make:
+    """Eight steps, an evaluation after each."""
+    return lambda *overrides, out="run": make(*OVERRIDES, *overrides, out=out)
 
 
 @pytest.fixture

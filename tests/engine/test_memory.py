@@ -8,35 +8,27 @@ import pytest
 import torch
 from torch import nn
 
+from tests.engine.small import Make
 from vitdense import cli
-from vitdense.config import Config, loads
+from vitdense.config import Config, dump
 from vitdense.engine import memory
 from vitdense.engine import train as train_module
 from vitdense.engine.evaluate import answer
 from vitdense.engine.memory import OutOfMemory, is_shortage, training_advice
 from vitdense.structures import Batch, Frame, Target
 
-CONFIG = """
-model:
-  backbone: {name: timm, model: vit_tiny_patch16_224, img_size: 32, patch_size: 8,
-             options: {depth: 1, embed_dim: 16, num_heads: 2}}
-  neck: {name: simple_feature_pyramid, channels: 16}
-  head: {name: linear, norm: layer}
-data:
-  dataset: {name: shapes, task: semantic, images: 12, size: 32}
-  root: ROOT
-  transforms: {name: segmentation, size: 32, crop: 32}
-  workers: 0
-train: {steps: 4, batch_size: 3, evaluations: 1, pictures: 0, observers: []}
-output: OUT
-device: cpu
-"""
 CPU = "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"
 
 
 @pytest.fixture
-def config(tmp_path) -> Config:
-    return loads(CONFIG.replace("ROOT", str(tmp_path)).replace("OUT", str(tmp_path / "run")))
+def config(make: Make) -> Config:
+    return make(
+        "train.batch_size=3",
+        "train.ema=null",
+        "train.evaluations=1",
+        "train.pictures=0",
+        "train.observers=[]",
+    )
 
 
 def batch_of(images: int, size: int = 16) -> Batch:
@@ -85,7 +77,7 @@ def test_training_says_what_to_change(error, config, monkeypatch):
 
 def test_the_command_ends_with_2(config, monkeypatch, tmp_path, capsys):
     file = tmp_path / "config.yaml"
-    file.write_text(CONFIG.replace("ROOT", str(tmp_path)).replace("OUT", str(tmp_path / "run")))
+    file.write_text(dump(config))
     monkeypatch.setattr(train_module.runtime, "autocast", lambda *_: raising(MemoryError()))
     assert cli.main(["train", str(file)]) == 2
     shown = capsys.readouterr().err
@@ -104,10 +96,9 @@ def test_other_errors_pass_as_they_are(config, monkeypatch):
     assert caught.value is fault
 
 
-def test_advice_leaves_out_what_is_done_already(config):
+def test_advice_leaves_out_what_is_done_already(config, make):
     overrides = ("train.batch_size=1", "train.precision=bf16", "model.backbone.checkpointing=true")
-    text = CONFIG.replace("ROOT", ".").replace("OUT", ".").replace("crop: 32", "crop: 512")
-    done = loads(text, "test.yaml", overrides)
+    done = make(*overrides, "data.transforms.crop=512")
     said = training_advice(done, 7, (1, 3, 512, 512), torch.device("cpu"))
     assert "1 image on" in said and "data.transforms.crop=384" in said
     assert not any(word in said for word in ("batch_size=", "precision=bf16", "checkpointing"))

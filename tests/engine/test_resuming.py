@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.engine.small import Make, assert_same
 from vitdense import cli
-from vitdense.config import Config, dump, loads
+from vitdense.config import Config, dump
 from vitdense.engine import checkpoint
 from vitdense.engine import run as run_module
 from vitdense.engine import train as train_module
@@ -25,47 +26,23 @@ from vitdense.engine.states import States, entries_in
 from vitdense.engine.stopping import Stopped
 from vitdense.engine.train import train
 
-TEXT = """
-model:
-  backbone:
-    name: timm
-    model: vit_tiny_patch16_224
-    img_size: 32
-    patch_size: 8
-    options: {depth: 1, embed_dim: 16, num_heads: 2}
-  neck: {name: simple_feature_pyramid, channels: 8}
-  head: {name: linear, norm: layer, dropout: 0.1}
-data:
-  dataset: {name: shapes, task: semantic, images: 8, size: 32}
-  root: ROOT
-  transforms: {name: segmentation, size: 32, crop: 32}
-  workers: 0
-train:
-  {steps: 6, batch_size: 2, ema: 0.9, evaluations: 2, checkpoint_every: 2, pictures: 0,
-   observers: []}
-optimizer: {lr: 1e-3}
-output: OUT
-device: cpu
-"""
+OVERRIDES = (
+    "model.head.dropout=0.1",
+    "data.dataset.images=8",
+    "train.steps=6",
+    "train.checkpoint_every=2",
+    "train.pictures=0",
+    "train.observers=[]",
+)
 
-Make = Callable[..., Config]
+
 Train = Callable[..., int]
 
 
-@pytest.fixture(scope="session")
-def resuming_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("resuming_shapes")
-
-
 @pytest.fixture
-def make(resuming_shapes: Path, tmp_path: Path) -> Make:
-    """A config of the template above, with overrides, that writes to `tmp_path / out`."""
-
-    def make(*overrides: str, out: str = "run") -> Config:
-        text = TEXT.replace("ROOT", str(resuming_shapes)).replace("OUT", str(tmp_path / out))
-        return loads(text, "test.yaml", overrides)
-
-    return make
+def make(make: Make) -> Make:
+    """Six steps, with a checkpoint after every second one."""
+    return lambda *overrides, out="run": make(*OVERRIDES, *overrides, out=out)
 
 
 @pytest.fixture
@@ -93,23 +70,6 @@ def outcome(config: Config) -> dict[str, Any]:
         "numbers": checkpoint.read_meta(folder / "model.safetensors").metrics,
         "records": [{k: v for k, v in record.items() if k not in times} for record in records],
     }
-
-
-def assert_same(ours: Any, theirs: Any, where: str = "") -> None:
-    """Bit for bit."""
-    assert type(ours) is type(theirs), where
-    if isinstance(ours, dict):
-        assert ours.keys() == theirs.keys(), where
-        for key in ours:
-            assert_same(ours[key], theirs[key], f"{where}.{key}")
-    elif isinstance(ours, list):
-        assert len(ours) == len(theirs), where
-        for index, pair in enumerate(zip(ours, theirs, strict=True)):
-            assert_same(*pair, f"{where}[{index}]")
-    elif isinstance(ours, torch.Tensor):
-        assert torch.equal(ours, theirs), where
-    else:
-        assert ours == theirs, where
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -290,10 +250,10 @@ def test_a_checkpoint_of_another_model(
     config = make("train.steps=2")
     train(config)
     before = contents(config.output)
-    changes = ("model.neck.channels=16", "model.head=upernet", "data.workers=1")
+    changes = ("model.neck.channels=8", "model.head=upernet", "data.workers=1")
     assert command(config, "--resume", *changes) == 2
     told = capsys.readouterr().err
-    assert "model.neck.channels: 8 -> 16" in told
+    assert "model.neck.channels: 16 -> 8" in told
     assert "model.head.name: linear -> upernet" in told
     assert "data.workers: 0 -> 1" in told and "means nothing for the numbers" in told
     assert "step_000002.pt: its weights are not this model's: " in told

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.engine.small import Make
 from vitdense.backbones.timm import TimmBackbone
-from vitdense.config import Config, loads
+from vitdense.config import Config
 from vitdense.engine import checkpoint, speed
 from vitdense.engine import run as run_module
 from vitdense.engine import train as train_module
@@ -23,33 +24,18 @@ from vitdense.heads.detection.rtdetr import RTDetrHead
 from vitdense.models.eomt import EomtModel
 from vitdense.structures import Level, Target
 
-CONFIG = """
-model:
-  backbone: {name: timm, model: vit_tiny_patch16_224, img_size: 32, patch_size: 8,
-             options: {depth: 1, embed_dim: 16, num_heads: 2}}
-  neck: {name: simple_feature_pyramid, channels: 16}
-  head: {name: linear, norm: layer}
-data:
-  dataset: {name: shapes, task: semantic, images: 12, size: 32}
-  root: ROOT
-  transforms: {name: segmentation, size: 32, crop: 32}
-  workers: 0
-train: {steps: 4, batch_size: 2, evaluations: 2, pictures: 0, observers: []}
-optimizer: {lr: 1e-2}
-output: OUT
-device: cpu
-"""
+OVERRIDES = (
+    "train.ema=null",
+    "train.pictures=0",
+    "train.observers=[]",
+    "optimizer.lr=1e-2",
+)
 
 
 @pytest.fixture
-def make(tmp_path):
-    root = tmp_path / "shapes"
-
-    def make(out: str, *overrides: str) -> Config:
-        text = CONFIG.replace("ROOT", str(root)).replace("OUT", str(tmp_path / out))
-        return loads(text, "test.yaml", overrides)
-
-    return make
+def make(make: Make) -> Make:
+    """Four steps, with nobody to watch."""
+    return lambda out, *overrides: make(*OVERRIDES, *overrides, out=out)
 
 
 class Traced:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from vitdense.engine import checkpoint
+from vitdense.engine import checkpoint, parts
 from vitdense.engine.checkpoint import CheckpointError
 from vitdense.engine.states import States, clone
 
@@ -225,3 +225,14 @@ def test_what_follows_sees_a_whole_entry(tmp_path: Path) -> None:
     states.save(5, state(5), lambda copy: seen.append((copy["step"], names(tmp_path))))
     states.wait()
     assert seen == [(5, ["step_000005.pt"])]
+
+
+def test_a_folder_of_parts_imports_no_strange_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "strange.py").write_text("raise SystemExit('was run')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    torch.save({"step": 1}, tmp_path / parts.REST)
+    (tmp_path / ".metadata").write_bytes(b"cstrange\nthing\n.")
+    with pytest.raises(CheckpointError, match=r"strange\.thing is no part of a description"):
+        parts.read(tmp_path)

@@ -7,14 +7,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from vitdense.config import Config, ConfigError, dump, load, loads
+from tests.engine.small import SEGMENTATION, VIT, Make, assert_same
+from vitdense.config import Config, ConfigError, dump, load
 from vitdense.engine import build, checkpoint, runtime, stopping
 from vitdense.engine import run as run_module
 from vitdense.engine import train as train_module
@@ -23,28 +23,6 @@ from vitdense.engine.states import States
 from vitdense.engine.tally import NonFiniteLoss
 from vitdense.engine.train import train
 
-VIT = """
-  backbone:
-    name: timm
-    model: vit_tiny_patch16_224
-    img_size: 32
-    patch_size: 8
-    options: {depth: 1, embed_dim: 16, num_heads: 2}
-  neck: {name: simple_feature_pyramid, channels: 16}
-"""
-SEGMENTATION = f"""
-model: {VIT}
-  head: {{name: linear, norm: layer}}
-data:
-  dataset: {{name: shapes, task: semantic, images: 12, size: 32}}
-  root: ROOT
-  transforms: {{name: segmentation, size: 32, crop: 32}}
-  workers: 0
-train: {{steps: 4, batch_size: 2, ema: 0.9, evaluations: 2, pictures: 2}}
-optimizer: {{lr: 1e-3}}
-output: OUT
-device: cpu
-"""
 DETECTION = f"""
 model: {VIT}
   head: {{name: detr, width: 16, heads: 2, ffn: 16, queries: 5, encoder_layers: 1,
@@ -59,24 +37,6 @@ output: OUT
 device: cpu
 """
 
-Make = Callable[..., Config]
-
-
-@pytest.fixture(scope="session")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("shapes")
-
-
-@pytest.fixture
-def make(shapes: Path, tmp_path: Path) -> Make:
-    """A config of the templates above, with overrides, that writes to `tmp_path / out`."""
-
-    def make(*overrides: str, text: str = SEGMENTATION, out: str = "run") -> Config:
-        text = text.replace("ROOT", str(shapes)).replace("OUT", str(tmp_path / out))
-        return loads(text, "test.yaml", overrides)
-
-    return make
-
 
 def records(config: Config, kind: str) -> list[dict[str, Any]]:
     lines = (config.output / "metrics.jsonl").read_text().splitlines()
@@ -85,23 +45,6 @@ def records(config: Config, kind: str) -> list[dict[str, Any]]:
 
 def state(config: Config) -> dict[str, Any]:
     return States(config.output / "checkpoints").load()[1]
-
-
-def assert_same(ours: Any, theirs: Any, where: str = "state") -> None:
-    """Bit for bit."""
-    assert type(ours) is type(theirs), where
-    if isinstance(ours, dict):
-        assert ours.keys() == theirs.keys(), where
-        for key in ours:
-            assert_same(ours[key], theirs[key], f"{where}.{key}")
-    elif isinstance(ours, list):
-        assert len(ours) == len(theirs), where
-        for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            assert_same(a, b, f"{where}[{index}]")
-    elif isinstance(ours, torch.Tensor):
-        assert torch.equal(ours, theirs), where
-    else:
-        assert ours == theirs, where
 
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:

@@ -66,8 +66,7 @@ def check(config: Config) -> str:
     rows.append(
         ("all is well", f"on {where.device} in {seconds:.1f} s; a run goes to {config.output}")
     )
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {text}".rstrip() for name, text in rows)
+    return summary.as_table(rows)
 
 
 def shrink(config: Config) -> Config:

@@ -96,15 +96,17 @@ def saved_for_backward(model: Model, batch: Batch, precision: torch.dtype) -> in
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     modes = [(module, module.training) for module in model.modules()]
     model.train()
-    with alone(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        with autocast(batch.images.device, precision):
-            outputs = model(batch.images, batch.targets)
-        losses = model.loss(to_float(outputs), batch.targets)
-    del outputs, losses
-    for module, mode in modes:
-        module.training = mode
-    for name, buffer in model.named_buffers():  # batch norms have counted this pass
-        buffer.copy_(buffers[name])
+    try:
+        with alone(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            with autocast(batch.images.device, precision):
+                outputs = model(batch.images, batch.targets)
+            losses = model.loss(to_float(outputs), batch.targets)
+        del outputs, losses
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for name, buffer in model.named_buffers():  # batch norms have counted this pass
+            buffer.copy_(buffers[name])
     return sum(found.values())
 
 

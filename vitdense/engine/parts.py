@@ -160,6 +160,8 @@ class _Reader(dcp.FileSystemReader):
 
 class _Descriptions(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if module.partition(".")[0] not in ("torch", "pathlib"):  # to import is to run code
+            raise pickle.UnpicklingError(f"{module}.{name} is no part of a description")
         found = super().find_class(module, name)
         kind = found if isinstance(found, type) else type(None)
         if module.startswith("torch.distributed.checkpoint."):

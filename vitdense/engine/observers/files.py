@@ -23,13 +23,18 @@ class JsonLines(Observer):
 
     def __init__(self, path: Path, step: int = 0, evaluated: int | None = None) -> None:
         self.path = path
-        last = {"train": step, "evaluation": step if evaluated is None else evaluated}
+        last = kept_until(step, evaluated)
         records = [it for it in read_records(path) if it["step"] <= last.get(it["kind"], step)]
         write_text(path, "".join(map(json_line, records)))
 
     def log(self, record: Record) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json_line(record))
+
+
+def kept_until(step: int, evaluated: int | None) -> dict[str, int]:
+    """The last step of each kind of record that a resumed run does not do again."""
+    return {"train": step, "evaluation": step if evaluated is None else evaluated}
 
 
 def json_line(record: Record) -> str:
@@ -58,7 +63,7 @@ class Tables(Observer):
 
     def __init__(self, folder: Path, step: int = 0, evaluated: int | None = None) -> None:
         self.folder = folder
-        last = {"train": step, "evaluation": step if evaluated is None else evaluated}
+        last = kept_until(step, evaluated)
         self.columns: dict[str, list[str]] = {}
         for kind in self.KINDS:
             path = folder / f"{kind}.csv"
