@@ -130,9 +130,28 @@ def test_panoptic_by_hand_and_its_faults(tmp_path: Path) -> None:
     answers.write_text(json.dumps(content))
     with pytest.raises(DataError, match=r"1.png: segment 7 is in the map only"):
         score("panoptic", truth, answers)
-    content["annotations"] = []
-    answers.write_text(json.dumps(content))
-    with pytest.raises(DataError, match=r"answers.json: has no prediction for image 1"):
+    good = content["annotations"][0]
+    for entries, fault in (
+        ([], "has no prediction for image 1"),
+        ([good, good], "has two entries of image 1; take one out"),
+        ([{**good, "file_name": "../1.png"}], "leads out of"),
+        ([{"image_id": 1, "file_name": "1.png"}], r"image 1 needs .*\(KeyError\('segments_info'\)"),
+        ([{**good, "segments_info": [{"id": 5}]}], r"image 1 needs .*\(KeyError\('category_id'\)"),
+        ([{**good, "segments_info": [{"id": "5", "category_id": 3}]}], "image 1 needs .*TypeError"),
+        ([{**good, "segments_info": [{"id": 5, "category_id": None}]}], "1.png has .* None, which"),
+        ([{**good, "segments_info": [{"id": -5, "category_id": 3}]}], "image 1 has -5 to -5"),
+        ([{**good, "segments_info": good["segments_info"] * 2}], "two segments of image 1 have"),
+        ([{**good, "segments_info": [{"id": 5, "category_id": 4}]}], "1.png has .* category 4, wh"),
+    ):
+        write(answers, {"annotations": entries})
+        with pytest.raises(DataError, match=rf"answers.json: .*{fault}"):
+            score("panoptic", truth, answers)
+    whole = json.loads(truth.read_text())
+    write(truth, {**whole, "categories": [{"id": 3, "name": "cat"}]})
+    with pytest.raises(DataError, match="truth.json: category 3 has no `isthing`"):
+        score("panoptic", truth, answers)
+    write(truth, {**whole, "annotations": []})
+    with pytest.raises(DataError, match="truth.json: `annotations` is empty"):
         score("panoptic", truth, answers)
 
 
@@ -304,6 +323,131 @@ def test_wrong_masks_are_named(tmp_path: Path, segmentation: Any, fault: str) ->
     found.write_text(json.dumps([entry]))
     with pytest.raises(DataError, match=rf"found.json: .*{fault}"):
         score("segm", truth, found)
+
+
+def write(path: Path, content: Any) -> Path:
+    path.write_text(json.dumps(content))
+    return path
+
+
+GOOD = {"image_id": 1, "category_id": 4, "bbox": [1, 1, 8, 8], "score": 0.5}
+RLE = {"size": [20, 30], "counts": [0, 600]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "fault"),
+    [
+        ("bbox", {"score": math.nan}, "of image 1 has the score nan, not a finite number"),
+        ("bbox", {"score": None}, "of image 1 has the score None, not a finite number"),
+        ("bbox", {"score": "0.5"}, "of image 1 has the score '0.5', not a finite number"),
+        ("bbox", {"bbox": None}, r"of image 1 has the bbox None, not \[x, y, width, height\]"),
+        ("bbox", {"bbox": [1, 1, math.inf, 8]}, r"has the bbox \[1, 1, inf, 8\], not \[x, y, "),
+        ("bbox", {"bbox": [1, 1, 8]}, r"has the bbox \[1, 1, 8\], not .*, four finite numbers"),
+        ("bbox", {"bbox": [1, 1, 8, 8, 8, 8, 8, 8]}, "has the bbox .* four finite numbers"),
+        ("bbox", {"category_id": None}, "a detection of image 1 has the category_id None; give"),
+        ("bbox", {"image_id": [1]}, r"a detection is of image \[1\], which"),
+        ("bbox", {"image_id": "1"}, "a detection is of image '1', which"),
+        ("segm", {"segmentation": [[1, 1, 9, 1, 9, 1e9]]}, "image 1 .* pixels away"),
+        ("segm", {"segmentation": ["text"]}, "image 1 .* must be a flat list of numbers"),
+        ("segm", {"segmentation": {**RLE, "counts": [-1, 601]}}, "image 1 has a segmentation"),
+        ("segm", {"segmentation": {**RLE, "counts": [0, 599]}}, "image 1 .* does not cover"),
+        ("segm", {"segmentation": {**RLE, "counts": 10**15}}, "`counts` must be a text or a list"),
+        ("segm", {"segmentation": {**RLE, "size": 600}}, "image 1 has a segmentation"),
+    ],
+)
+def test_wrong_results_are_named(tmp_path: Path, kind: Any, change: Any, fault: str) -> None:
+    content = coco_truth(tmp_path / "truth.json")
+    content["annotations"][0]["segmentation"] = [[1, 1, 9, 1, 9, 9, 1, 9]]
+    truth = write(tmp_path / "truth.json", content)
+    found = write(tmp_path / "found.json", [{**GOOD, **change}] * 4)
+    with pytest.raises(DataError, match=rf"^{tmp_path}/found.json: .*{fault}"):
+        score(kind, truth, found)
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "fault"),
+    [
+        ("images", {"id": 1}, "two entries of `images` have the id 1; ids must be unique"),
+        ("categories", {"id": 4}, "two entries of `categories` have the id 4"),
+        ("images", {"id": "a"}, "each entry of `images` needs an `id`; all must be numbers"),
+        ("categories", {"id": None}, "each entry of `categories` needs an `id`"),
+        ("annotations", {"image_id": 2}, "annotation 7 has the image_id 2, which the file does"),
+        ("annotations", {"category_id": 5}, "annotation 7 has the category_id 5, which the file"),
+        ("annotations", {"bbox": [0, 0, math.nan, 1]}, r"image 1 \(id 7\) has the bbox"),
+        ("annotations", {"area": "large"}, r"image 1 \(id 7\) has the area 'large', not a fin"),
+    ],
+)
+def test_wrong_truth_is_named(tmp_path: Path, place: str, change: Any, fault: str) -> None:
+    content = coco_truth(tmp_path / "truth.json")
+    content[place].append({**content[place][0], "id": 7, **change})
+    truth, found = write(tmp_path / "truth.json", content), write(tmp_path / "found.json", [GOOD])
+    with pytest.raises(DataError, match=rf"^{tmp_path}/truth.json: .*{fault}"):
+        score("bbox", truth, found)
+
+
+def test_truth_with_nothing_to_score(tmp_path: Path) -> None:
+    content = coco_truth(tmp_path / "truth.json")
+    found = write(tmp_path / "found.json", [GOOD])
+    for key in ("images", "categories"):
+        empty = write(tmp_path / "empty.json", {**content, key: []})
+        with pytest.raises(DataError, match=f"empty.json: `{key}` is empty; there is nothing"):
+            score("bbox", empty, found)
+    with pytest.raises(DataError, match="found.json: holds a list, not COCO's mapping"):
+        score("bbox", found, tmp_path / "truth.json")
+
+
+def test_boxes_of_results_that_have_masks_alone(tmp_path: Path) -> None:
+    """As pycocotools makes them: tight boxes, with the areas of the masks."""
+    from pycocotools import mask
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    content = coco_truth(tmp_path / "truth.json")
+    content["annotations"][0]["iscrowd"] = 0
+    truth = write(tmp_path / "truth.json", content)
+    thin = {"image_id": 1, "category_id": 4, "score": 0.4, "segmentation": [[0, 0, 29, 0, 0, 19]]}
+    results = [{**thin, "score": 0.9, "segmentation": [[1, 1, 9, 1, 9, 9, 1, 9]]}, thin]
+    for result in results:
+        rle = mask.merge(mask.frPyObjects(result["segmentation"], 20, 30))
+        result["segmentation"] = {**rle, "counts": rle["counts"].decode()}
+    found = write(tmp_path / "found.json", results)
+    numbers = score("bbox", truth, found)
+    with contextlib.redirect_stdout(io.StringIO()):
+        index = COCO(str(truth))
+        theirs = COCOeval(index, index.loadRes(str(found)), "bbox")
+        theirs.evaluate()
+        theirs.accumulate()
+        theirs.summarize()
+    expected = [math.nan if value == -1 else value for value in theirs.stats.tolist()]
+    ours = [value for name, value in numbers.items() if "/" not in name]
+    assert ours == pytest.approx(expected, abs=1e-12, nan_ok=True)
+    assert numbers["AP"] > 0.5
+
+
+def test_annotated_boxes_without_a_mask(tmp_path: Path) -> None:
+    """One of them is an empty mask, as to the data set; all of them are a file of boxes."""
+    content = coco_truth(tmp_path / "truth.json")
+    (only,) = content["annotations"]
+    content["annotations"].append({**only, "id": 2, "segmentation": []})
+    only["segmentation"] = [[1, 1, 9, 1, 9, 9, 1, 9]]
+    truth = write(tmp_path / "truth.json", content)
+    found = write(tmp_path / "found.json", [{**GOOD, "segmentation": only["segmentation"]}])
+    assert score("segm", truth, found)["AR1"] == 0.5
+    content["annotations"] = [{**only, "segmentation": []}]
+    write(truth, content)
+    with pytest.raises(DataError, match="truth.json: has boxes alone, every segmentation is empty"):
+        score("segm", truth, found)
+
+
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    [("bbox", {"iou": 0.75}), ("panoptic", {"backend": "pycocotools"}), ("lvis", {"binary": True}),
+     ("semantic", {"max_detections": 300}), ("voc", {"ignore": [3]}), ("segm", {"split": "val"})],
+)  # fmt: skip
+def test_options_of_other_kinds_are_refused(kind: Any, option: Any, tmp_path: Path) -> None:
+    (name,) = option
+    with pytest.raises(ValueError, match=rf"^{name}: is for --kind .*, not for {kind}"):
+        score(kind, tmp_path / "truth.json", tmp_path / "found.json", **option)
 
 
 def test_the_command_reports_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

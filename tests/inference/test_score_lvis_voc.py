@@ -167,6 +167,20 @@ def test_voc(points: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert every["mAP"] < score("voc", root, folder, iou=0.6)["mAP"]
 
 
+def test_voc_takes_equal_scores_as_the_lines_come(tmp_path: Path) -> None:
+    truth, folder = tmp_path / "truth", tmp_path / "found"
+    box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
+    for path in (truth, folder):
+        path.mkdir()
+    for stem, name in (("a", "cat"), ("b", "dog")):
+        text = f"<annotation><object><name>{name}</name>{box}</object></annotation>"
+        (truth / f"{stem}.xml").write_text(text)
+    for lines, expected in (("ab", 1.0), ("ba", 0.5)):
+        text = "".join(f"{stem} 0.5 1 1 9 9\n" for stem in lines)
+        (folder / "comp3_det_test_cat.txt").write_text(text)
+        assert score("voc", truth, folder)["AP/cat"] == pytest.approx(expected)
+
+
 def test_voc_faults(tmp_path: Path) -> None:
     root, folder = write_voc(tmp_path / "VOC2007"), tmp_path / "found"
     folder.mkdir()
@@ -179,6 +193,10 @@ def test_voc_faults(tmp_path: Path) -> None:
     path.write_text("2007_001 0.5 1 1 9\n")
     with pytest.raises(DataError, match=r"cat.txt:1: must be an image, a score, and xmin"):
         score("voc", root, folder)
+    for line in ("2007_001 nan 1 1 9 9", "2007_001 0.5 1 1 inf 9", "2007_001 0.5 1 nan 9 9"):
+        path.write_text(line)
+        with pytest.raises(DataError, match=r"cat.txt:1: must be .*, finite numbers"):
+            score("voc", root, folder)
     path.rename(folder / "comp3_det_val_bird.txt")
     with pytest.raises(DataError, match="bird.txt: 'bird' is no class of .*VOC2007"):
         score("voc", root, folder)

@@ -13,6 +13,8 @@ import torch
 
 from vitdense.metrics.average_precision import RECALLS, Curves
 from vitdense.metrics.coco import CocoMetric, best_thresholds
+from vitdense.metrics.lvis import LvisMetric
+from vitdense.metrics.voc import VocMetric
 from vitdense.ops.masks import decode_segmentation, mask_to_rle
 from vitdense.structures import Batch, Frame, Prediction, Target
 
@@ -224,6 +226,25 @@ def test_missing_masks_are_named() -> None:
     prediction = prediction_of(truth, [], truth["images"][1], masks=False)
     with pytest.raises(ValueError, match="prediction has no masks"):
         CocoMetric(["a"] * 5, iou_type="segm").update([prediction], batch)
+
+
+@pytest.mark.parametrize("kind", [CocoMetric, LvisMetric, VocMetric])
+@pytest.mark.parametrize("label", [-1, 2])
+def test_a_class_that_there_is_not_names_its_image(kind: type[CocoMetric], label: int) -> None:
+    """It would be taken for a class of the next image."""
+    frame, boxes = Frame((64, 64), (64, 64), (64, 64)), torch.tensor([[0.0, 0, 9, 9]])
+    for wrong in ("truth", "prediction"):
+        metric = kind(["a", "b"])
+        with pytest.raises(ValueError, match=f"{wrong} of image 'x' has .* class {label}, .* 0..1"):
+            for image in ("w", "x"):
+                there, found = (
+                    torch.tensor([label if image == "x" and side == wrong else 1])
+                    for side in ("truth", "prediction")
+                )
+                target, answer = Target(there, boxes), Prediction(torch.ones(1), found, boxes)
+                batch = Batch(torch.zeros(1, 3, 1, 1), [target], [frame], [image], [Path("x.jpg")])
+                metric.update([answer], batch)
+            metric.compute()
 
 
 def test_size_defaults_to_the_box() -> None:

@@ -169,6 +169,19 @@ def test_what_is_not_known_is_not_wrong() -> None:
     assert "APr" not in one_object()
 
 
+def test_what_has_no_area_is_not_seen() -> None:
+    """As in LVIS's program: neither missed nor wrong, but among the best of its image."""
+    boxes = torch.tensor([[0.0, 0, 10, 10], [5, 5, 5, 50]])
+    target = Target(labels=torch.tensor([0, 0]), boxes=boxes)
+    prediction = Prediction(torch.tensor([0.9, 0.8]), torch.tensor([0, 0]), boxes[[1, 0]])
+    found = []
+    for limit in (2, 1):
+        metric = LvisMetric(["a"], max_detections=limit)
+        update(metric, target, prediction, 1)
+        found.append(metric.compute()["AP"])
+    assert found == [pytest.approx(1.0), 0.0]
+
+
 def test_flags_must_be_one_per_class() -> None:
     with pytest.raises(ValueError, match="target.judged has 3 flags, there are 2 classes"):
         one_object(judged=torch.ones(3, dtype=torch.bool))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import count as count_from
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,10 @@ from vitdense.structures import IGNORE, Batch, Frame, Prediction, Target
 DUBAI = Path(__file__).parents[3] / "shared/data/aerial_dubai"
 
 
+NUMBERS = count_from(0)
+"""No two images of a test are the same."""
+
+
 def batch_of(truths: list[Tensor], names: list[str] | None = None) -> Batch:
     sizes = [(truth.shape[0], truth.shape[1]) for truth in truths]
     names = names or [f"{index}.jpg" for index in range(len(truths))]
@@ -27,7 +32,7 @@ def batch_of(truths: list[Tensor], names: list[str] | None = None) -> Batch:
         images=torch.zeros(len(truths), 3, 8, 8, dtype=torch.uint8),
         targets=[Target(semantic=truth) for truth in truths],
         frames=[Frame(size, size, size) for size in sizes],
-        image_ids=list(range(len(truths))),
+        image_ids=[next(NUMBERS) for _ in truths],
         paths=[Path(name) for name in names],
     )
 
@@ -133,11 +138,11 @@ def test_counts_beyond_float32_stay_exact() -> None:
     metric = MeanIoU(names_of(2))
     right = torch.zeros(1, 1, dtype=torch.int64)
     count(metric, [right], [right])
-    metric.matrix[0, 0] = 2**40
+    metric.matrix.total[0, 0] = 2**40
     for _ in range(3):
         count(metric, [right, right + 1], [right, right])
-    assert metric.matrix.dtype == torch.int64
-    assert metric.matrix[:2, :2].tolist() == [[2**40 + 3, 3], [0, 0]]
+    assert metric.matrix.total.dtype == torch.int64
+    assert metric.matrix.total[:2, :2].tolist() == [[2**40 + 3, 3], [0, 0]]
     assert metric.compute()["aAcc"] == (2**40 + 3) / (2**40 + 6)
 
 
@@ -146,6 +151,22 @@ def test_ignored_pixels_count_for_nothing() -> None:
     metric = MeanIoU(names_of(2))
     count(metric, [torch.tensor([[0, 1, 1, 0]])], [truth])
     assert metric.compute()["mIoU"] == 1.0
+
+
+def test_label_255_is_ignored_among_more_classes_too() -> None:
+    truth = torch.tensor([[0, 299, IGNORE, IGNORE]])
+    metric = MeanIoU(names_of(300))
+    count(metric, [torch.tensor([[0, 299, 255, 3]])], [truth])
+    numbers = metric.compute()
+    assert numbers["mIoU"] == 1.0 and "IoU/class 255" not in numbers
+
+
+def test_classes_of_one_name_each_count() -> None:
+    metric = MeanIoU(["a", "a", "b"])
+    count(metric, [torch.tensor([[0, 0, 2, 2]])], [torch.tensor([[0, 1, 2, 2]])])
+    numbers = metric.compute()
+    assert numbers["mIoU"] == pytest.approx((0.5 + 0 + 1) / 3)
+    assert numbers["mAcc"] == pytest.approx((1 + 0 + 1) / 3)
 
 
 def test_nothing_counted_is_zero_and_reset_forgets() -> None:
@@ -239,7 +260,7 @@ def test_an_update_does_not_wait_for_the_device() -> None:
         count(metric, [truth], [truth])
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert metric.matrix.device.type == "cuda"
+    assert metric.matrix.total.device.type == "cuda"
     assert metric.compute()["mIoU"] == 1.0
 
 

@@ -132,10 +132,10 @@ def test_void_and_crowd_by_hand() -> None:
     count(metric, 1, image)  # the third covers half of its car: not more than half
     numbers = metric.compute()
     assert set(numbers) == {"PQ", "SQ", "RQ", "PQ/car", "SQ/car", "RQ/car"}
-    assert metric.sums.T[:2].tolist() == [[0, 0, 0, 0], [0, 0, 1, 1]]
+    assert metric.sums.total.T[:2].tolist() == [[0, 0, 0, 0], [0, 0, 1, 1]]
     count(metric, 2, (truth, [0, 1], [False, False], np.array([[0, 0, 1, 1, 2, 2]]), [1, 1]))
     metric.compute()
-    assert metric.sums.T[:2].tolist() == [[0, 0, 0, 1], [1, 1, 2, 1]]
+    assert metric.sums.total.T[:2].tolist() == [[0, 0, 0, 1], [1, 1, 2, 1]]
 
 
 def test_nothing_and_reset() -> None:

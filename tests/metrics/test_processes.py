@@ -10,15 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from vitdense.metrics.base import Metric
 from vitdense.metrics.coco import CocoMetric
 from vitdense.metrics.lvis import LvisMetric
+from vitdense.metrics.miou import MeanIoU
 from vitdense.metrics.object_metric import ObjectMetric
+from vitdense.metrics.panoptic import PanopticQuality
 from vitdense.metrics.processes import share
 from vitdense.metrics.voc import VocMetric
 from vitdense.structures import Batch, Frame, Prediction, Target
 
 IMAGES, SIZE = 7, (24, 36)
 KINDS = ("bbox", "segm", "boundary", "voc", "lvis")
+COUNTED = ("miou", "panoptic")
+"""Metrics that add up counts of each image."""
 
 
 def masks_of(generator: torch.Generator, count: int) -> torch.Tensor:
@@ -67,6 +72,32 @@ def numbers_of(images: list[int], kind: str, backend: str = "device") -> dict[st
     return metric.compute()
 
 
+def counted_numbers_of(images: list[int], kind: str) -> dict[str, float]:
+    """From one map of labels per image, drawn from its number, in several batches."""
+    metric: Metric = PanopticQuality(["a", "b", "c"], things=["a"])
+    if kind == "miou":
+        metric = MeanIoU(["a", "b", "c"], boundary=0.05, calibration=True)
+    for image in images:
+        generator = torch.Generator().manual_seed(image)
+        truth = torch.randint(4, (4, 5), generator=generator)
+        answer = torch.where(torch.rand(4, 5, generator=generator) < 0.2, 1, truth.clamp(max=2))
+        target = Target(
+            labels=torch.arange(4) % 3,
+            masks=truth == torch.arange(4)[:, None, None],
+            semantic=torch.where(truth == 3, 255, truth),
+        )
+        prediction = Prediction(
+            labels=torch.arange(3),
+            semantic=answer,
+            panoptic=answer + 1,
+            confidence=torch.rand(4, 5, generator=generator),
+        )
+        frame = Frame((4, 5), (4, 5), (4, 5))
+        batch = Batch(torch.zeros(1, 3, 1, 1), [target], [frame], [image], [Path("x.png")])
+        metric.update([prediction], batch)
+    return metric.compute()
+
+
 PROCESS = """
 import importlib.util, json, sys, torch
 spec = importlib.util.spec_from_file_location("shared", sys.argv[1])
@@ -91,8 +122,15 @@ for kind in shared.KINDS:
         "images", "labels", "ranks", "scores", "matched", "ignored", "positives"
     }
     sent.clear()
+monkey = importlib.import_module("vitdense.metrics.processes")
+monkey.WAITING = 2  # so that some are searched before the end
+for kind in shared.COUNTED:
+    found[kind] = shared.counted_numbers_of(images, kind)
+    assert sent == [images]
+    sent.clear()
 found["program"] = shared.numbers_of(images, "segm", "pycocotools")
 found["nothing here"] = shared.numbers_of([[], [1, 3]][rank], "segm")
+found["no maps here"] = shared.counted_numbers_of([[1, 3], []][rank], "miou")
 print(json.dumps(found))
 torch.distributed.destroy_process_group()
 """
@@ -113,9 +151,20 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     for output in outputs:
         for kind in KINDS:
             assert output[kind] == pytest.approx(numbers_of(everything, kind), nan_ok=True)
+        for kind in COUNTED:
+            expected = counted_numbers_of(everything, kind)
+            assert output[kind] == pytest.approx(expected, abs=1e-12)
+            assert 0.1 < min(expected["mIoU" if kind == "miou" else "PQ"], 0.9) < 0.9
         assert output["program"] == pytest.approx(output["segm"], nan_ok=True, abs=1e-12)
         assert output["nothing here"] == pytest.approx(numbers_of([1, 3], "segm"), nan_ok=True)
+        maps = counted_numbers_of([1, 3], "miou")
+        assert output["no maps here"] == pytest.approx(maps, abs=1e-12)
     assert 0.05 < outputs[0]["segm"]["AP"] < 0.95
+
+
+@pytest.mark.parametrize("kind", COUNTED)
+def test_an_image_counts_once_in_a_process(kind: str) -> None:
+    assert counted_numbers_of([0, 1, 0, 2, 1], kind) == counted_numbers_of([0, 1, 2], kind)
 
 
 def test_an_image_belongs_to_the_lowest_rank(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -70,8 +70,9 @@ def score(
 
     Raises:
         DataError: files are missing or wrong.
-        ValueError: the backend is not installed, or a label below 0.
+        ValueError: the backend is not installed, a label below 0, or an option of another kind.
     """
+    _check_options(kind, {**locals(), "ignore": tuple(ignore)})
     if kind == "panoptic":
         numbers = panoptic_files.score_files(truth, predictions)
     elif kind == "semantic":
@@ -90,6 +91,30 @@ def score(
     if json_path is not None:
         checkpoint.write_text(json_path, to_json(numbers))
     return numbers
+
+
+OPTIONS: dict[str, tuple[Any, tuple[Kind, ...]]] = {
+    "backend": ("auto", ("bbox", "segm")),
+    "max_detections": (None, ("bbox", "segm", "lvis")),
+    "iou_type": (None, ("lvis",)),
+    "split": (None, ("voc",)),
+    "iou": (0.5, ("voc",)),
+    "points": ("all", ("voc",)),
+    "classes": (None, ("semantic", "voc")),
+    "first_label": (1, ("semantic",)),
+    "ignore": ((), ("semantic",)),
+    "binary": (False, ("semantic",)),
+    "absent": ("skip", ("semantic",)),
+}
+"""Of each option its default, and the kinds that take it."""
+
+
+def _check_options(kind: Kind, given: dict[str, Any]) -> None:
+    """An option that would do nothing is a mistake of whoever gives it."""
+    for name, (default, kinds) in OPTIONS.items():
+        if kind not in kinds and given[name] != default:
+            known = ", ".join(kinds)
+            raise ValueError(f"{name}: is for --kind {known}, not for {kind}; leave it out")
 
 
 def score_detections(

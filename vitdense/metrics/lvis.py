@@ -52,9 +52,14 @@ class LvisMetric(ObjectMetric):
     def found(self, first: int, answers: list[Prediction], targets: list[Target]) -> Objects:
         """The detections that are judged."""
         found = super().found(first, answers, targets)
+        self._check_labels(found, "prediction")
         judged = self._of_classes([it.judged for it in targets], True, "judged")
         partial = self._of_classes([it.partial for it in targets], False, "partial")
         return judge(found, first, judged, partial, self.rules.limits[0])
+
+    def there(self, first: int, targets: list[Target], device: torch.device) -> Objects:
+        """The truth that has an area."""
+        return with_area(super().there(first, targets, device))
 
     def _of_classes(self, flags: list[Tensor | None], default: bool, name: str) -> Tensor:
         """bool [images, classes]."""
@@ -78,7 +83,7 @@ class LvisMetric(ObjectMetric):
 
 
 def judge(found: Objects, first: int, judged: Tensor, partial: Tensor, limit: int) -> Objects:
-    """The best detections of each image that are of classes for which it is judged.
+    """The best detections of each image that have an area, of classes for which it is judged.
 
     Those of partial classes become `crowd`: they are not wrong if no truth takes them.
 
@@ -91,9 +96,13 @@ def judge(found: Objects, first: int, judged: Tensor, partial: Tensor, limit: in
     images, regrouped = found.images[order].sort(stable=True)
     found = found.select(order[regrouped][places(images) < limit])
     cells = (found.images - first) * judged.shape[1] + found.labels
-    kept = judged.to(cells.device).flatten()[cells].nonzero()[:, 0]
-    crowd = partial.to(cells.device).flatten()[cells[kept]]
-    return replace(found.select(kept), crowd=crowd)
+    found = replace(found, crowd=partial.to(cells.device).flatten()[cells])
+    return with_area(found.select(judged.to(cells.device).flatten()[cells].nonzero()[:, 0]))
+
+
+def with_area(objects: Objects) -> Objects:
+    """Without empty masks and boxes, which LVIS's program does not see."""
+    return objects.select((objects.areas > 0).nonzero()[:, 0])
 
 
 def summarize(

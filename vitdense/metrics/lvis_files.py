@@ -12,7 +12,7 @@ from vitdense.data.base import DataError
 from vitdense.data.coco_file import read_json
 from vitdense.metrics.average_precision import accumulate
 from vitdense.metrics.coco_files import Truth, read_list, results_of, truth_of
-from vitdense.metrics.lvis import GROUPS, judge, summarize
+from vitdense.metrics.lvis import GROUPS, judge, summarize, with_area
 from vitdense.metrics.matching import Rules, match
 
 
@@ -39,6 +39,7 @@ def score_files(
         iou_type = "segm" if entries and "segmentation" in entries[0] else "bbox"
     content = read_json(truth_path)
     truth = truth_of(content, truth_path, iou_type)
+    truth.objects = with_area(truth.objects)
     found = results_of(entries, results_path, truth, iou_type)
     frequencies, judged, partial = _rules(content, truth)
     found = judge(found, 0, judged, partial, max_detections)

@@ -11,7 +11,7 @@ from torch import Tensor
 from vitdense.data.base import DataError
 from vitdense.metrics.base import Metric
 from vitdense.metrics.boundaries import band_width, boundary_band
-from vitdense.metrics.processes import sum_over_processes
+from vitdense.metrics.processes import ImageSums, share
 from vitdense.ops.histogram import joint_histogram
 from vitdense.registry import METRICS, Fraction
 from vitdense.structures import IGNORE, Batch, Prediction
@@ -34,7 +34,8 @@ class MeanIoU(Metric):
     With `boundary` also mBIoU and BIoU of each class: the same over the pixels of each that are
     near its outline (Cheng et al., arXiv 2103.16562, over the whole set as mIoU is). With
     `calibration` also ECE: how far confidence is from accuracy, over 15 equal bins of confidence
-    (Guo et al., arXiv 1706.04599, section 2).
+    (Guo et al., arXiv 1706.04599, section 2). An image that comes twice, as padded distributed
+    samplers send it, counts once.
     """
 
     headline = "mIoU"
@@ -58,11 +59,12 @@ class MeanIoU(Metric):
         """Forget all."""
         # Row: truth, column: prediction. The last of each takes what must not count.
         side = len(self.classes) + 1
-        self.matrix = torch.zeros(side, side, dtype=torch.int64)
+        self.matrix = ImageSums(side, side)
         # Rows: near the outline of both, of the answer, of the truth; by class.
-        self.bands = torch.zeros(3, side, dtype=torch.int64)
+        self.bands = ImageSums(3, side)
         # Rows: pixels, those that are right, their confidence; by bin of confidence.
-        self.bins = torch.zeros(3, BINS + 1, dtype=torch.float64)
+        self.bins = ImageSums(3, BINS + 1, dtype=torch.float64)
+        self.image_ids: dict[int | str, None] = {}
         self._faults: list[Tensor] = []
         self._paths: list[Path] = []
 
@@ -74,31 +76,33 @@ class MeanIoU(Metric):
             DataError: a label is neither a class nor IGNORE; at most 64 images later, or by
                 `compute`, so that no image waits for the device.
         """
-        for prediction, target, path in zip(predictions, batch.targets, batch.paths, strict=True):
+        for prediction, target, image_id, path in zip(
+            predictions, batch.targets, batch.image_ids, batch.paths, strict=True
+        ):
+            if image_id in self.image_ids:
+                continue
             if prediction.semantic is None or target.semantic is None:
                 raise ValueError(f"{path}: the miou metric needs a semantic prediction and truth")
-            self._count(prediction.semantic, target.semantic, path)
-            if self.confidence:
-                self._count_bins(prediction, target.semantic, path)
+            _check_size(prediction.semantic, target.semantic, path)
+            if target.semantic.numel():
+                self._count(prediction.semantic, target.semantic, path)
+                if self.confidence:
+                    self._count_bins(prediction, target.semantic, path)
+                self.image_ids[image_id] = None
         if len(self._faults) >= PENDING:
             self._check()
 
     def _count(self, answer: Tensor, truth: Tensor, path: Path) -> None:
-        if answer.shape != truth.shape:
-            raise ValueError(
-                f"{path}: the prediction is of size {list(answer.shape)}, the truth of "
-                f"{list(truth.shape)}: both must be in pixels of the original image"
-            )
-        if answer.numel() == 0:
-            return
         truth, classes = truth.to(answer.device), len(self.classes)
         self._faults.append(torch.stack([_wrong_label(truth, classes), _wrong(answer, classes)]))
         self._paths.append(path)
         # The last row and column take what is ignored, and what is wrong and will be raised.
-        kind = torch.uint8 if classes <= IGNORE else torch.int32
-        answer, truth = (labels.to(kind).clamp(0, classes) for labels in (answer, truth))
-        self.matrix = self.matrix.to(answer.device)
-        self.matrix += joint_histogram(truth, answer, (classes + 1, classes + 1))
+        if classes > IGNORE:
+            answer, truth = answer.int(), truth.int().where(truth != IGNORE, classes)
+        else:
+            answer, truth = answer.to(torch.uint8), truth.to(torch.uint8)
+        answer, truth = answer.clamp(0, classes), truth.clamp(0, classes)
+        self.matrix.add(joint_histogram(truth, answer, (classes + 1, classes + 1))[None])
         if self.boundary is not None:
             self._count_bands(answer.long(), truth.long())
 
@@ -106,14 +110,15 @@ class MeanIoU(Metric):
         width = band_width((truth.shape[0], truth.shape[1]), self.boundary or 0.0)
         near_answer, near_truth = boundary_band(answer, width), boundary_band(truth, width)
         counted = truth < len(self.classes)
-        self.bands = self.bands.to(answer.device)
+        bands = truth.new_zeros(3, len(self.classes) + 1)
         for row, where, labels in (
             (0, near_answer & near_truth & (answer == truth), truth),
             (1, near_answer, answer),
             (2, near_truth, truth),
         ):
             cells = labels.where(where & counted, len(self.classes)).flatten()
-            self.bands[row].scatter_add_(0, cells, torch.ones_like(cells))
+            bands[row].scatter_add_(0, cells, torch.ones_like(cells))
+        self.bands.add(bands[None])
 
     def _count_bins(self, prediction: Prediction, truth: Tensor, path: Path) -> None:
         if prediction.confidence is None or prediction.semantic is None:
@@ -124,9 +129,10 @@ class MeanIoU(Metric):
         places = (sure * BINS).ceil().long().clamp(1, BINS) - 1
         places = places.where(truth != IGNORE, BINS).flatten()
         right = (answer == truth).double()
-        self.bins = self.bins.to(answer.device)
-        for row, values in zip(self.bins, (torch.ones_like(sure), right, sure), strict=True):
+        bins = right.new_zeros(3, BINS + 1)
+        for row, values in zip(bins, (torch.ones_like(sure), right, sure), strict=True):
             row.scatter_add_(0, places, values.flatten())
+        self.bins.add(bins[None])
 
     def _check(self) -> None:
         faults = torch.stack(self._faults).tolist() if self._faults else []
@@ -149,41 +155,49 @@ class MeanIoU(Metric):
         Adds up the counts of all processes; raises as `update` does.
         """
         self._check()
-        counts = sum_over_processes(self.matrix).cpu()[:-1, :-1].double()
+        shared = share(list(self.image_ids))
+        counts = self.matrix.of_all(shared).cpu()[:-1, :-1].double()
         hits, truth, answers = counts.diag(), counts.sum(dim=1), counts.sum(dim=0)
         either, pixels = truth + answers - hits, truth.sum().clamp(min=1)
-        iou = self._ratios("IoU", hits, either)
-        acc = self._ratios("Acc", hits, truth)
-        dice = self._ratios("Dice", 2 * hits, truth + answers)
+        mean_iou, iou = self._ratios("IoU", hits, either)
+        mean_acc, acc = self._ratios("Acc", hits, truth)
+        mean_dice, dice = self._ratios("Dice", 2 * hits, truth + answers)
         more: dict[str, float] = {}
         if self.boundary is not None:
-            both, *each = sum_over_processes(self.bands).cpu()[:, :-1].double()
-            outlines = self._ratios("BIoU", both, sum(each) - both)
-            more = {"mBIoU": sum(outlines.values()) / max(len(outlines), 1), **outlines}
+            both, *each = self.bands.of_all(shared).cpu()[:, :-1].double()
+            outline, outlines = self._ratios("BIoU", both, sum(each) - both)
+            more = {"mBIoU": outline, **outlines}
         if self.confidence:
-            pixels_in, right, sure = sum_over_processes(self.bins).cpu()[:, :-1]
+            pixels_in, right, sure = self.bins.of_all(shared).cpu()[:, :-1]
             error = (right - sure).abs().sum() / pixels_in.sum().clamp(min=1)
             more["ECE"] = error.item()
         return {
             "aAcc": (hits.sum() / pixels).item(),
-            "mIoU": sum(iou.values()) / max(len(iou), 1),
-            "mAcc": sum(acc.values()) / max(len(acc), 1),
+            "mIoU": mean_iou,
+            "mAcc": mean_acc,
             "fwIoU": (truth / pixels * hits / either.clamp(min=1)).sum().item(),
-            "mDice": sum(dice.values()) / max(len(dice), 1),
+            "mDice": mean_dice,
             **iou,
             **acc,
             **dice,
             **more,
         }
 
-    def _ratios(self, name: str, parts: Tensor, wholes: Tensor) -> dict[str, float]:
+    def _ratios(self, name: str, parts: Tensor, wholes: Tensor) -> tuple[float, dict[str, float]]:
+        """Of each class that counts, and their mean; of classes of one name the last is listed."""
         ratios = (parts / wholes.clamp(min=1)).tolist()
         rows = zip(self.classes, ratios, wholes.tolist(), strict=True)
-        return {
-            f"{name}/{label}": ratio
-            for label, ratio, whole in rows
-            if whole > 0 or self.absent == "zero"
-        }
+        known = [(label, it) for label, it, whole in rows if whole > 0 or self.absent == "zero"]
+        mean = sum(ratio for _, ratio in known) / max(len(known), 1)
+        return mean, {f"{name}/{label}": ratio for label, ratio in known}
+
+
+def _check_size(answer: Tensor, truth: Tensor, path: Path) -> None:
+    if answer.shape != truth.shape:
+        raise ValueError(
+            f"{path}: the prediction is of size {list(answer.shape)}, the truth of "
+            f"{list(truth.shape)}: both must be in pixels of the original image"
+        )
 
 
 _NONE = torch.iinfo(torch.int64).min

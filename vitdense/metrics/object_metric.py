@@ -73,9 +73,27 @@ class ObjectMetric(Metric):
         )
 
     def held(self) -> tuple[Objects, Objects]:
-        """Truth and detections of this process, with the images' places among those of all."""
+        """Truth and detections of this process, with the images' places among those of all.
+
+        Raises:
+            ValueError: one has a class that there is not; names its image.
+        """
+        truth, detections = join(self.truth), join(self.detections)
+        self._check_labels(truth, "truth")
+        self._check_labels(detections, "prediction")
         places = torch.tensor(share(list(self.image_ids)), dtype=torch.int64)
-        return _placed(join(self.truth), places), _placed(join(self.detections), places)
+        return _placed(truth, places), _placed(detections, places)
+
+    def _check_labels(self, objects: Objects, holder: str) -> None:
+        """A label beyond the classes would be taken for a class of the next image."""
+        labels, classes = objects.labels, len(self.classes)
+        wrong = ((labels < 0) | (labels >= classes)).nonzero()[:1, 0].tolist()
+        for place in wrong:
+            image = list(self.image_ids)[int(objects.images[place])]
+            raise ValueError(
+                f"{self}: the {holder} of image {image!r} has an object of class "
+                f"{int(labels[place])}, classes are 0..{classes - 1}"
+            )
 
     def _pack(
         self, first: int, holders: Sequence[Prediction | Target], device: torch.device

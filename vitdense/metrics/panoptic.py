@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vitdense.metrics.base import Metric
-from vitdense.metrics.processes import sum_over_processes
+from vitdense.metrics.processes import ImageSums, share
 from vitdense.ops.histogram import joint_histogram
 from vitdense.registry import METRICS
 from vitdense.structures import Batch, Prediction, Target
@@ -26,7 +26,7 @@ class PanopticQuality(Metric):
     """PQ, SQ and RQ over all classes, things (`PQth`) and stuff (`PQst`), and PQ of each class.
 
     A class that neither truth nor prediction has counts in no mean. Sums stay on the device of the
-    predictions; an image that comes twice to a process counts once.
+    predictions; an image that comes twice, as padded distributed samplers send it, counts once.
     """
 
     headline = "PQ"
@@ -47,8 +47,8 @@ class PanopticQuality(Metric):
     def reset(self) -> None:
         """Forget all."""
         # Rows: matched segments, their IoU, wrongly predicted ones, missed ones.
-        self.sums = torch.zeros(4, len(self.classes), dtype=torch.float64)
-        self.image_ids: set[int | str] = set()
+        self.sums = ImageSums(4, len(self.classes), dtype=torch.float64)
+        self.image_ids: dict[int | str, None] = {}
         self._pending: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def update(self, predictions: list[Prediction], batch: Batch) -> None:
@@ -62,13 +62,13 @@ class PanopticQuality(Metric):
         ):
             if image_id in self.image_ids:
                 continue
-            self.image_ids.add(image_id)
             answer, labels = prediction.panoptic, prediction.labels
             if answer is None or labels is None:
                 raise ValueError(f"{path}: the panoptic metric needs a panoptic map and labels")
             truth, classes, crowd = _segments(target.to(answer.device), path)
             _check(answer, truth, labels, len(self.classes), path)
             pixels = common_pixels(truth, answer, len(classes), len(labels))
+            self.image_ids[image_id] = None
             self.count(pixels, labels, classes, crowd)
 
     def count(self, pixels: Tensor, labels: Tensor, classes: Tensor, crowd: Tensor) -> None:
@@ -97,14 +97,13 @@ class PanopticQuality(Metric):
         pixels = torch.zeros(shape, dtype=torch.int64, device=labels.device)
         for one, table in zip(pixels, tables, strict=True):
             one[: table.shape[0], : table.shape[1]] = table
-        sums = count_segments(pixels, labels, classes, crowd, count)
-        self.sums = self.sums.to(sums.device) + sums
+        self.sums.add(count_segments(pixels, labels, classes, crowd, count))
         self._pending = []
 
     def compute(self) -> dict[str, float]:
         """The numbers over all images of all processes, in 0..1; zeros if nothing was counted."""
         self._count_pending()
-        right, overlap, wrong, missed = sum_over_processes(self.sums).cpu()
+        right, overlap, wrong, missed = self.sums.of_all(share(list(self.image_ids))).cpu()
         weight = right + (wrong + missed) / 2
         quality = torch.stack([overlap / weight, overlap / right, right / weight])
         quality = torch.where(torch.stack([weight, right, weight]) > 0, quality, 0.0)
@@ -127,7 +126,7 @@ class PanopticQuality(Metric):
 def count_segments(
     pixels: Tensor, labels: Tensor, classes: Tensor, crowd: Tensor, count: int
 ) -> Tensor:
-    """What some images add, by class.
+    """What each of some images adds, by class.
 
     Args:
         pixels: int64 [B, G + 1, P + 1], what each true segment has in common with each predicted
@@ -136,7 +135,7 @@ def count_segments(
         crowd: bool [B, G], segments that are ignored.
 
     Returns:
-        float64 [4, count]: matched segments, the sum of their IoU, false and missed ones.
+        float64 [B, 4, count]: matched segments, the sum of their IoU, false and missed ones.
     """
     void, common = pixels[:, 0, 1:], pixels[:, 1:, 1:]
     area = pixels[:, :, 1:].sum(1)
@@ -153,12 +152,12 @@ def count_segments(
     ignored = (void + in_crowd).double() / area.clamp(min=1).double() > 0.5
     false = ~hit.any(1) & ~ignored & (area > 0)
     missed = ~hit.any(2) & ~crowd
-    sums = torch.zeros(4, count + 1, dtype=torch.float64, device=pixels.device)
+    sums = torch.zeros(len(pixels), 4, count + 1, dtype=torch.float64, device=pixels.device)
     kinds = classes, classes, labels, classes
     rows = hit.sum(2), (iou * hit).sum(2), false, missed
-    for row, kind, values in zip(sums, kinds, rows, strict=True):
-        row.index_add_(0, kind.flatten(), values.flatten().double())
-    return sums[:, :count]
+    for row, kind, values in zip(sums.unbind(1), kinds, rows, strict=True):
+        row.scatter_add_(1, kind, values.double())
+    return sums[..., :count]
 
 
 def common_pixels(truth: Tensor, answer: Tensor, rows: int, columns: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from vitdense.data.base import DataError
 from vitdense.data.coco_file import read_json
 from vitdense.data.images import inside, read_image
+from vitdense.metrics.coco_files import by_id, holds
 from vitdense.metrics.panoptic import PanopticQuality
 from vitdense.ops.panoptic import common_runs
 
@@ -35,10 +37,28 @@ class PanopticFile:
         return self.path.with_suffix("")
 
     def image(self, image_id: int | str) -> PanopticImage:
-        """The map of an image and what its segments are."""
+        """The map of an image and what its segments are.
+
+        Raises:
+            DataError: the map is missing or broken, or the entry is no such one.
+        """
         annotation = self.annotations[image_id]
-        path = inside(self.folder, annotation["file_name"], self.path)
-        infos = sorted(annotation["segments_info"], key=lambda info: info["id"])
+        try:
+            path = inside(self.folder, annotation["file_name"], self.path)
+            infos = sorted(annotation["segments_info"], key=lambda info: info["id"])
+            ids = {index(info["id"]): info["category_id"] for info in infos}
+        except (KeyError, TypeError) as error:
+            raise DataError(
+                f"{self.path}: the entry of image {image_id!r} needs `file_name` and "
+                f"`segments_info`, and each segment `id` and `category_id` ({error!r})"
+            ) from None
+        if len(ids) < len(infos):
+            raise DataError(f"{self.path}: two segments of image {image_id!r} have the same id")
+        if ids and not 0 < min(ids) <= max(ids) < 1 << 24:
+            raise DataError(
+                f"{self.path}: ids of segments are from 1 to {(1 << 24) - 1}; image {image_id!r} "
+                f"has {min(ids)} to {max(ids)}"
+            )
         return PanopticImage(path, self.path, read_image(path, 3).permute(1, 2, 0), infos)
 
 
@@ -91,9 +111,13 @@ def read_panoptic(path: Path) -> PanopticFile:
     """
     content = read_json(path)
     try:
-        annotations = {entry["image_id"]: entry for entry in content["annotations"]}
+        entries = content["annotations"]
+        annotations = {entry["image_id"]: entry for entry in entries}
     except (KeyError, TypeError) as error:
         raise DataError(f"{path}: is no panoptic file of COCO ({error!r})") from None
+    if len(annotations) < len(entries):
+        twice = next(it["image_id"] for it in entries if annotations[it["image_id"]] is not it)
+        raise DataError(f"{path}: has two entries of image {twice!r}; take one out")
     return PanopticFile(path, annotations, content.get("categories", []))
 
 
@@ -106,17 +130,18 @@ def score_files(truth_path: Path, answer_path: Path) -> dict[str, float]:
     truth, answers = read_panoptic(truth_path), read_panoptic(answer_path)
     if not truth.categories:
         raise DataError(f"{truth_path}: has no `categories`, which say things from stuff")
-    try:
-        categories = sorted(truth.categories, key=lambda entry: entry["id"])
-        labels = {entry["id"]: label for label, entry in enumerate(categories)}
-        things = [entry["name"] for entry in categories if entry.get("isthing")]
-        metric = PanopticQuality([entry["name"] for entry in categories], things=things)
-        for image_id in truth.annotations:
-            _count(metric, image_id, truth, answers, labels)
-    except (KeyError, TypeError) as error:
-        raise DataError(
-            f"{answer_path} or {truth_path}: is no panoptic file of COCO ({error!r})"
-        ) from None
+    if not truth.annotations:
+        raise DataError(f"{truth_path}: `annotations` is empty; there is nothing to score")
+    categories = by_id({"categories": truth.categories}, "categories", truth_path)
+    unsaid = [key for key, entry in categories.items() if entry.get("isthing") is None]
+    if unsaid:
+        raise DataError(f"{truth_path}: category {unsaid[0]!r} has no `isthing`, 1 or 0 for stuff")
+    labels = {key: label for label, key in enumerate(categories)}
+    names = {key: str(entry.get("name", key)) for key, entry in categories.items()}
+    things = [names[key] for key, entry in categories.items() if entry["isthing"]]
+    metric = PanopticQuality(list(names.values()), things=things)
+    for image_id in truth.annotations:
+        _count(metric, image_id, truth, answers, labels)
     return metric.compute()
 
 
@@ -135,9 +160,14 @@ def _count(
             f"{answer.path}: is of size {list(answer.colors.shape[:2])}, the truth {there.path} "
             f"of {list(there.colors.shape[:2])}"
         )
-    odd = {info["category_id"] for info in answer.infos} - labels.keys()
-    if odd:
-        raise DataError(f"{answer.path}: has category {min(odd)}, which {truth.path} does not list")
+    for image in (there, answer):
+        kinds = (info["category_id"] for info in image.infos)
+        odd = [kind for kind in kinds if not holds(labels, kind)]
+        if odd:
+            raise DataError(
+                f"{image.source}: the map {image.path.name} has a segment of category {odd[0]!r}, "
+                f"which {truth.path} does not list"
+            )
     count_image(metric, there, answer, labels)
 
 

@@ -11,14 +11,21 @@ from torch import Tensor
 
 from vitdense.metrics.matching import Matches
 
+WAITING = 64
+"""Images whose counts are searched together for those that are not 0; that waits for the device."""
+
 
 def gather(value: Any) -> list[Any]:
     """Everyone's value, by rank; of a single process, its own."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if _world_size() == 1:
         return [value]
-    values: list[Any] = [None] * dist.get_world_size()
+    values: list[Any] = [None] * _world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def share(ids: list[int | str]) -> list[int]:
@@ -37,7 +44,7 @@ def share(ids: list[int | str]) -> list[int]:
 
 
 def gather_matches(matches: Matches) -> Matches:
-    """The matches of all processes, by image: 56 bytes a detection."""
+    """The matches of all processes, by image: 48 bytes a detection."""
     columns = {field.name: getattr(matches, field.name) for field in fields(matches)}
     shares = gather({name: column.cpu() for name, column in columns.items()})
     if len(shares) == 1:
@@ -52,9 +59,59 @@ def gather_matches(matches: Matches) -> Matches:
 
 def sum_over_processes(counts: Tensor) -> Tensor:
     """Everyone's counts added up; of a single process, its own."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if _world_size() == 1:
         return counts
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     total = counts.to(device, copy=True)
     dist.all_reduce(total)
     return total
+
+
+class ImageSums:
+    """A sum of tables of counts, one of each image, in which every image counts once.
+
+    Where several processes have an image, as padded samplers send it, it counts in that of lowest
+    rank. So that the others can take it out again, each process of several keeps what its images
+    added: the cells that are not 0.
+
+    Attributes:
+        total: over the images of this process, on the device of the latest counts.
+    """
+
+    def __init__(self, *shape: int, dtype: torch.dtype = torch.int64) -> None:
+        self.total = torch.zeros(shape, dtype=dtype)
+        self._images = 0
+        self._waiting: list[Tensor] = []
+        self._kept: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(self, counts: Tensor) -> None:
+        """Add the tables [B, ...] of the next images."""
+        self.total = self.total.to(counts.device)
+        self.total += counts.sum(0)
+        self._images += len(counts)
+        if _world_size() > 1:
+            self._waiting.append(counts)
+            if sum(map(len, self._waiting)) >= WAITING:
+                self._keep()
+
+    def _keep(self) -> None:
+        counts = torch.cat(self._waiting).flatten(1)
+        rows, cells = counts.nonzero(as_tuple=True)
+        self._kept.append((rows + self._images - len(counts), cells, counts[rows, cells]))
+        self._waiting = []
+
+    def of_all(self, places: list[int]) -> Tensor:
+        """The sum over the images of all processes.
+
+        Args:
+            places: of this process's images, as `share` gives them.
+        """
+        total = self.total.clone()
+        if min(places, default=0) < 0:
+            if self._waiting:
+                self._keep()
+            foreign = torch.tensor(places, device=total.device) < 0
+            for rows, cells, values in self._kept:
+                values = values.where(foreign[rows.to(total.device)], 0)
+                total.view(-1).index_add_(0, cells.to(total.device), -values)
+        return sum_over_processes(total)

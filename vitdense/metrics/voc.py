@@ -53,6 +53,7 @@ class VocMetric(ObjectMetric):
         truth, detections = self.held()
         for objects in (truth, detections):
             objects.boxes[:, 2:] += float(self.inclusive)
+        detections = by_image(detections)
         matches = gather_matches(match(truth, detections, len(self.classes), self.iou))
         return summarize(matches, self.classes, self.points)
 
@@ -61,15 +62,18 @@ def summarize(matches: Matches, classes: list[str], points: Literal[11, "all"]) 
     """`mAP`, and `AP/<class>` of the classes that have objects to be found."""
     average = mean_precision(matches, points).tolist()
     pairs = zip(classes, average, strict=True)
-    numbers = {f"AP/{name}": value for name, value in pairs if not math.isnan(value)}
-    mean = sum(numbers.values()) / len(numbers) if numbers else math.nan
-    return {"mAP": mean} | numbers
+    known = [(f"AP/{name}", value) for name, value in pairs if not math.isnan(value)]
+    mean = sum(value for _, value in known) / len(known) if known else math.nan
+    return {"mAP": mean} | dict(known)
 
 
 def match(truth: Objects, detections: Objects, classes: int, iou: float) -> Matches:
-    """What became of each detection by VOC's rule, as bit 0 of `matched` and of `ignored`."""
+    """What became of each detection by VOC's rule, as bit 0 of `matched` and of `ignored`.
+
+    Detections of equal score keep their order.
+    """
     truth, owner = _in_groups(truth, classes)
-    detections, group = _in_groups(detections, classes)
+    group = detections.images * classes + detections.labels
     overlap, best = _best_truths(truth, owner, detections, group)
     hit = overlap >= iou
     # Who comes first takes the truth: by score, then by place.
@@ -91,6 +95,11 @@ def match(truth: Objects, detections: Objects, classes: int, iou: float) -> Matc
         ignored=spared.long(),
         positives=positives.index_add_(0, truth.labels, (~truth.crowd).long()[:, None]),
     )
+
+
+def by_image(objects: Objects) -> Objects:
+    """Sorted by image, so that the order does not depend on which process had them."""
+    return objects.select(objects.images.argsort(stable=True))
 
 
 def _in_groups(objects: Objects, classes: int) -> tuple[Objects, Tensor]:

@@ -16,7 +16,7 @@ from vitdense.data.voc import CLASSES
 from vitdense.data.voc_file import VocObject, read_objects, read_split
 from vitdense.metrics.coco_files import Truth, read_results
 from vitdense.metrics.objects import Objects
-from vitdense.metrics.voc import match, summarize
+from vitdense.metrics.voc import by_image, match, summarize
 
 DETECTIONS = re.compile(r"(?:.*_)?det_[^_]+_(?P<name>.+)\.txt")
 """Names of VOC's detection files, as comp4_det_val_car.txt."""
@@ -52,8 +52,9 @@ def score_files(
     if not 0 < iou <= 1:
         raise ValueError("iou: must be above 0 and at most 1")
     truth = read_truth(truth_path, split, classes)
-    found = read_results(predictions, truth, "bbox") if predictions.is_file() else None
-    if found is None:
+    if predictions.is_file():
+        found = by_image(read_results(predictions, truth, "bbox"))
+    else:
         found = read_detections(predictions, truth)
     matches = match(truth.objects, found, len(truth.classes), iou)
     return summarize(matches, truth.classes, points)
@@ -104,6 +105,8 @@ def _label(it: VocObject, names: list[str], path: Path) -> int:
 def read_detections(folder: Path, truth: Truth) -> Objects:
     """VOC's detection files: a line is image, score, and the first and last pixels from 1 on.
 
+    The order of the lines decides between equal scores, as in the kit.
+
     Raises:
         DataError: there are none, or one is wrong, or has an unknown class or image.
     """
@@ -115,7 +118,7 @@ def read_detections(folder: Path, truth: Truth) -> Objects:
         if name["name"] not in truth.classes:
             raise DataError(f"{path}: {name['name']!r} is no class of {truth.path}; see --classes")
         label = truth.classes.index(name["name"])
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
         listed += [
             _detection(line, label, truth, f"{path}:{number}")
             for number, line in enumerate(lines, 1)
@@ -133,9 +136,11 @@ def _detection(line: str, label: int, truth: Truth, where: str) -> Detection:
     try:
         score, x1, y1, x2, y2 = map(float, rest)
     except ValueError:
-        score = math.nan
-    if math.isnan(score):
-        raise DataError(f"{where}: must be an image, a score, and xmin, ymin, xmax and ymax")
+        score = x1 = y1 = x2 = y2 = math.nan
+    if not all(map(math.isfinite, (score, x1, y1, x2, y2))):
+        raise DataError(
+            f"{where}: must be an image, a score, and xmin, ymin, xmax and ymax, finite numbers"
+        )
     if stem not in truth.images:
         raise DataError(f"{where}: is of image {stem!r}, which is not among those of {truth.path}")
     return truth.images[stem], label, [x1 - 1, y1 - 1, x2, y2], score

@@ -116,12 +116,20 @@ def polygons_to_mask(polygons: list[list[float]], height: int, width: int) -> Ma
     """
     from pycocotools import mask as coco
 
-    reach = 2 * max(height, width)
-    rings = [_ring(polygon, reach) for polygon in polygons]
-    rings = [ring for ring in rings if len(ring) >= 6]
+    rings = polygon_rings(polygons, height, width)
     if not rings:
         return np.zeros((height, width), dtype=bool)
     return coco.decode(coco.merge(coco.frPyObjects(rings, height, width))).astype(bool)
+
+
+def polygon_rings(polygons: list[list[float]], height: int, width: int) -> list[list[float]]:
+    """Those polygons that cover anything, checked so that they can be rasterised.
+
+    Raises:
+        ValueError: a polygon is not a flat list of finite x, y pairs near the image.
+    """
+    rings = [_ring(polygon, 2 * max(height, width)) for polygon in polygons]
+    return [ring for ring in rings if len(ring) >= 6]
 
 
 def _ring(polygon: Any, reach: float) -> list[float]:
