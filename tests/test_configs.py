@@ -11,6 +11,7 @@ import torch
 
 from vitdense import config as configs
 from vitdense.engine.evaluate import check_inference
+from vitdense.engine.optim import parameter_groups
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -67,6 +68,9 @@ def test_model_builds_and_answers_the_right_task(file):
     with torch.device("meta"):
         model = build(config)
     check_inference(config.inference, model)
+    rates = config.optimizer
+    names = (rates.weight_decay, rates.backbone_scale, rates.layer_decay, rates.scales)
+    assert parameter_groups(model, *names), "a rate by name finds its parameters"
     assert model.num_classes == 7
     assert model.divisor > 0
     kind = next(kind for kind in (*TASKS, "") if kind in name_of(file))
@@ -85,12 +89,13 @@ def test_forward_runs_on_the_canvas_of_its_transforms(file):
     assert tensors_of(model(images)), "no outputs"
 
 
-@pytest.mark.parametrize(
-    "file", sorted((ROOT / "configs/segmentation").glob("*.yaml")), ids=name_of
-)
-def test_plain_vits_inherit_no_options_of_swin(file):
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_backbones_inherit_no_options_of_others(file):
     options = configs.load(file).model.options["backbone"].options
-    if "swin" not in options["model"]:
+    if "swin" in options["model"]:
+        assert options["patch_size"] is None and options["img_size"] is None
+        assert options["level_norm"] and not options["windows"]
+    elif "vit_" in options["model"]:
         assert not options["level_norm"] and options["drop_path"] < 0.3
 
 

@@ -150,6 +150,13 @@ def test_checkpoints_of_rf_detr_answer_the_same(tmp_path):
     assert "size: 128" in meta.config
 
 
+@pytest.mark.parametrize("names, first", [(None, "person"), (["keyboard", "mouse"], "class 0")])
+def test_rows_for_coco_are_not_its_classes_where_others_were_learned(names, first, tmp_path):
+    path = checkpoint_of_rf_detr(rf_detr(num_labels=91), tmp_path, class_names=names)
+    converted(path)
+    assert checkpoint.read_meta(tmp_path / "ours.safetensors").classes[0] == first
+
+
 def test_several_scales_of_rf_detr_have_a_place():
     # transformers has none, so the names are checked alone: those of the large model of 2025
     neck = MultiScaleProjector([Level(24, 14)] * 2, scales=(2.0, 0.5), channels=8, blocks=1)

@@ -31,6 +31,8 @@ HEAD_OPTIONS = {
         QUERIES, encoder_layers=1, points=2, num_levels=2, class_aware_proposals=True
     ),
     "rtdetr": dict(QUERIES, encoder_width=16, encoder_ffn=16, points=2),
+    "dino": dict(QUERIES, encoder_layers=1, points=2, num_levels=2),
+    "lwdetr": dict(QUERIES, cross_heads=2, groups=3),
     "upernet": dict(channels=8, aux_channels=4),
     "linear": {},
 }

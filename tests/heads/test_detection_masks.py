@@ -101,6 +101,21 @@ def test_boxes_do_not_change(name):
 
 
 @every_head
+def test_masks_are_those_of_the_answers_that_are_left(name):
+    head = build(name, masks=True).eval()
+    frames = [Frame(CANVAS, CANVAS, (32, 48))] * 2
+    outputs = head(make_features())
+    everything = head.predict(outputs, frames)
+    head.score_threshold = everything[0].scores[3].item()
+    for answer, whole in zip(head.predict(outputs, frames), everything, strict=True):
+        count = int((whole.scores >= head.score_threshold).sum())
+        assert torch.equal(answer.masks, whole.masks[:count])
+    head.score_threshold = 1.0
+    for answer in head.predict(outputs, frames):
+        assert answer.masks.shape == (0, 32, 48) and answer.boxes.shape == (0, 4)
+
+
+@every_head
 def test_terms_of_every_part_that_has_queries(name):
     head, targets = build(name, masks=True), [make_target(3), make_target(0)]
     losses = head.loss(head(make_features(), targets), targets)

@@ -220,3 +220,19 @@ def test_neighbours_in_the_batch_do_not_matter(name, options):
     torch.testing.assert_close(alone.scores, together.scores, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(alone.boxes, together.boxes, atol=1e-2, rtol=1e-4)
     assert torch.equal(alone.labels, together.labels)
+
+
+@every_head
+def test_answers_below_the_threshold_are_left_out(name, options):
+    head = build(name, options).eval()
+    with torch.no_grad():
+        outputs = head(make_features(2))
+        everything = head.predict(outputs, [FRAME] * 2)
+        middle = everything[0].scores[4].item()
+        for threshold in (middle, 1.0):
+            sure = build(name, options, score_threshold=threshold).eval()
+            for answer, whole in zip(sure.predict(outputs, [FRAME] * 2), everything, strict=True):
+                kept = whole.scores >= threshold
+                assert torch.equal(answer.scores, whole.scores[kept])
+                assert torch.equal(answer.labels, whole.labels[kept])
+                assert torch.equal(answer.boxes, whole.boxes[kept])

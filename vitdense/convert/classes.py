@@ -91,5 +91,10 @@ def from_count(count: int) -> Classes:
         return Classes(list(COCO.values()), list(COCO), [i - 1 for i in COCO], count)
     if count == 91:
         return Classes(list(COCO.values()), list(COCO), list(COCO), count)
+    return numbered(count)
+
+
+def numbered(count: int) -> Classes:
+    """For rows of which nothing is known."""
     numbers = list(range(count))
     return Classes([f"class {i}" for i in numbers], numbers, numbers, count)

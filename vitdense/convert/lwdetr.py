@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from vitdense.convert import backbones, preparation, vit
-from vitdense.convert.classes import from_count, from_labels
+from vitdense.convert.classes import COCO, Classes, from_count, from_labels, numbered
 from vitdense.convert.family import Family, Plan
 from vitdense.convert.names import Rules, Weights
 from vitdense.convert.source import ConversionError, Source
@@ -146,7 +146,7 @@ class RfDetr(Family):
             "head": head(config),
         }
         known = source.model_type is not None
-        classes = from_labels(config) if known else from_count(len(source.weights[CLASSES]))
+        classes = from_labels(config) if known else _classes(source)
         return Plan(model, classes, preparation.detection(source, config["resolution"]))
 
     def _backbone(self, source: Source, config: Config) -> Config:
@@ -184,6 +184,15 @@ class RfDetr(Family):
 
 
 CLASSES = "class_embed.weight"
+
+
+def _classes(source: Source) -> Classes:
+    """COCO's if there are as many rows, unless the training knew another number of names.
+
+    RF-DETR trained on with the 91 rows of its weights where it was not told a number of classes.
+    """
+    rows, names = len(source.weights[CLASSES]), source.config.get("class_names") or COCO
+    return from_count(rows) if len(names) == len(COCO) else numbered(rows)
 
 
 def describe(source: Source) -> Config:

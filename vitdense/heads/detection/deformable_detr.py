@@ -47,9 +47,10 @@ class DeformableDetrHead(SigmoidQueryHead):
         box_refinement: bool = True,  # each layer corrects the boxes of the one before
         aux_loss: bool = True,  # train every decoder layer, not just the last
         max_detections: PositiveInt = 100,  # best ones kept for each image
+        score_threshold: Fraction = 0.0,  # less sure answers are left out; metrics want all
         nms: Fraction | None = None,  # overlap from which the lesser box of a class is dropped
     ) -> None:
-        super().__init__(levels, num_classes, max_detections, nms)
+        super().__init__(levels, num_classes, max_detections, nms, score_threshold)
         if width % 4:
             raise ValueError(f"width: must be a multiple of 4 for the positions, not {width}")
         if box_refinement and not aux_loss:

@@ -58,9 +58,10 @@ class DetrHead(SigmoidQueryHead):
         dropout: Fraction = 0.1,  # in every transformer layer
         aux_loss: bool = True,  # train every decoder layer, not just the last
         max_detections: PositiveInt = 100,  # best ones kept for each image
+        score_threshold: Fraction = 0.0,  # less sure answers are left out; metrics want all
         nms: Fraction | None = None,  # overlap from which the lesser box of a class is dropped
     ) -> None:
-        super().__init__(levels, num_classes, max_detections, nms)
+        super().__init__(levels, num_classes, max_detections, nms, score_threshold)
         if not -len(levels) <= level < len(levels):
             raise ValueError(f"level: the pyramid has {len(levels)} levels, so not {level}")
         if width % 4:

@@ -60,6 +60,7 @@ class DinoHead(TwoStageHead):
         class_cost: NonNegativeFloat = 2.0,  # of the class in matching; L1 costs 5 and GIoU 2
         class_weight: NonNegativeFloat = 1.0,  # of the class loss, beside L1 with 5 and GIoU with 2
         max_detections: PositiveInt = 300,  # best ones kept for each image
+        score_threshold: Fraction = 0.0,  # less sure answers are left out; metrics want all
         nms: Fraction | None = None,  # overlap from which the lesser box of a class is dropped
         masks: bool = False,  # answer instance masks too, and learn them beside the boxes
         mask_weight: NonNegativeFloat = 1.0,  # of their cross-entropy and dice losses; COCO's use 5
@@ -78,17 +79,14 @@ class DinoHead(TwoStageHead):
             refine=box_refinement,
             look_twice=look_twice,
         )
+        noise = (num_classes, width, denoising, label_noise, box_noise)
+        facts = levels, num_classes, max_detections, nms, score_threshold
         super().__init__(
-            levels,
-            num_classes,
-            max_detections,
-            nms,
+            *facts,
             width=width,
             queries=queries,
             decoder=decoder,
-            denoising=Denoising(num_classes, width, denoising, label_noise, box_noise)
-            if denoising
-            else None,
+            denoising=Denoising(*noise) if denoising else None,
             two_stage=two_stage,
             train_all_cells=train_all_cells,
             learned_content=learned_content,

@@ -52,12 +52,13 @@ class LwDetrHead(SigmoidQueryHead):
         ] = "iou_aware",  # what scores learn
         aux_loss: bool = True,  # train every decoder layer, not just the last
         max_detections: PositiveInt = 100,  # best ones kept for each image
+        score_threshold: Fraction = 0.0,  # less sure answers are left out; metrics want all
         nms: Fraction | None = None,  # overlap from which the lesser box of a class is dropped
         masks: bool = False,  # answer instance masks too, and learn them beside the boxes
         mask_weight: NonNegativeFloat = 1.0,  # of their cross-entropy and dice losses; COCO's use 5
         mask_points: PositiveInt = 4096,  # of an image, and of each mask, in their costs and losses
     ) -> None:
-        super().__init__(levels, num_classes, max_detections, nms)
+        super().__init__(levels, num_classes, max_detections, nms, score_threshold)
         if width % 4:
             raise ValueError(f"width: must be a multiple of 4 for the positions, not {width}")
         if box_refinement and not aux_loss:

@@ -55,10 +55,16 @@ class QueryHead(Head):
     criterion: SetCriterion
 
     def __init__(
-        self, levels: list[Level], num_classes: int, max_detections: int, nms: float | None
+        self,
+        levels: list[Level],
+        num_classes: int,
+        max_detections: int,
+        nms: float | None,
+        score_threshold: float = 0.0,
     ) -> None:
         super().__init__(levels, num_classes)
         self.max_detections, self.nms = max_detections, nms
+        self.score_threshold = score_threshold
         self.masks: MaskBranch | None = None
         self.mask_points, self.mask_weight = 0, 0.0
 
@@ -109,25 +115,31 @@ class QueryHead(Head):
         raise NotImplementedError
 
     def predict(self, outputs: QueryOutputs, frames: list[Frame]) -> list[Prediction]:
-        """The best `max_detections` candidates of each image, best first."""
+        """The best `max_detections` candidates of each image that are sure enough, best first."""
         first = outputs.logits.shape[2] // outputs.groups
         scores, labels, queries = self.candidates(outputs.logits[-1, :, :first].float())
-        # a stable sort: topk orders equal scores differently on every device
-        scores, order = scores.sort(dim=1, descending=True, stable=True)
         count = self.max_detections if self.nms is None else SUPPRESSED * self.max_detections
-        scores, best = scores[:, :count], order[:, :count]
+        scores, best = best_first(scores, count)
         labels, chosen = labels.gather(1, best), queries.gather(1, best)
         boxes = outputs.boxes[-1].float().gather(1, chosen[..., None].expand(-1, -1, 4))
         boxes = relative_to_xyxy(boxes, outputs.canvas)
         answers = []
-        for i, frame in enumerate(frames):
-            found = Prediction(scores[i], labels[i], frame.restore_boxes(boxes[i]))
-            found, its_queries = self._suppress(found, chosen[i])
+        for i, (frame, sure) in enumerate(zip(frames, self._sure(scores), strict=True)):
+            found = Prediction(
+                scores[i, :sure], labels[i, :sure], frame.restore_boxes(boxes[i, :sure])
+            )
+            found, its_queries = self._suppress(found, chosen[i, :sure])
             if outputs.pixels is not None:
                 embeddings = outputs.details["embeddings"][-1, i, its_queries].float()
                 found.masks = restore_products(embeddings, outputs.pixels[i].float(), frame)
             answers.append(found)
         return answers
+
+    def _sure(self, scores: Tensor) -> list[int]:
+        """How many of each image's scores [B, N], best first, reach the threshold."""
+        if not self.score_threshold:
+            return [scores.shape[1]] * len(scores)
+        return (scores >= self.score_threshold).sum(1).tolist()
 
     def _suppress(self, found: Prediction, queries: Tensor) -> tuple[Prediction, Tensor]:
         """Without the lesser of boxes that overlap, if so wanted; and the queries of the rest."""
@@ -149,3 +161,17 @@ class SigmoidQueryHead(QueryHead):
         scores = logits.sigmoid().flatten(1)
         pairs = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
         return scores, pairs % self.num_classes, pairs // self.num_classes
+
+
+def best_first(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` highest of each row, best first, and their places; equal ones in their order.
+
+    Args:
+        scores: float32 [B, N], not negative.
+    """
+    # Such numbers are in the order of their bits. Places behind these break ties, which topk itself
+    # orders differently on every device; a stable sort of all takes ten times as long.
+    places = torch.arange(scores.shape[1], device=scores.device)
+    keys = (scores.view(torch.int32).long() << 32) - places
+    best = keys.topk(min(count, len(places)), dim=1).indices
+    return scores.gather(1, best), best

@@ -66,6 +66,7 @@ class RTDetrHead(TwoStageHead):
         bin_scale: PositiveFloat = 4.0,  # how much finer bins are around 0 than far from it
         class_loss: Literal["focal", "varifocal", "matchability"] = "matchability",  # scores learn
         max_detections: PositiveInt = 100,  # best ones kept for each image
+        score_threshold: Fraction = 0.0,  # less sure answers are left out; metrics want all
         nms: Fraction | None = None,  # overlap from which the lesser box of a class is dropped
         masks: bool = False,  # answer instance masks too, and learn them beside the boxes
         mask_weight: NonNegativeFloat = 1.0,  # of their cross-entropy and dice losses; COCO's use 5
@@ -76,7 +77,7 @@ class RTDetrHead(TwoStageHead):
         layers = [layer(reach=offset_scale) for _ in range(decoder_layers)]
         edges = (bins, bin_scale) if distribution else None
         noise = (num_classes, width, denoising, label_noise, box_noise)
-        facts = levels, num_classes, max_detections, nms
+        facts = levels, num_classes, max_detections, nms, score_threshold
         super().__init__(
             *facts,
             width=width,

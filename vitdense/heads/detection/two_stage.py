@@ -36,6 +36,7 @@ class TwoStageHead(SigmoidQueryHead):
         num_classes: int,
         max_detections: int,
         nms: float | None,
+        score_threshold: float = 0.0,
         *,
         width: int,
         queries: int,
@@ -45,7 +46,7 @@ class TwoStageHead(SigmoidQueryHead):
         learned_content: bool = False,
         train_all_cells: bool = False,
     ) -> None:
-        super().__init__(levels, num_classes, max_detections, nms)
+        super().__init__(levels, num_classes, max_detections, nms, score_threshold)
         self.num_queries, self.train_all_cells = queries, train_all_cells
         self.decoder = decoder
         self.denoising = denoising
