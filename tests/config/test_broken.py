@@ -73,7 +73,12 @@ CASES = {
     ),
     "list of a wrong length": (
         ("train:", "optimizer: {betas: [0.9]}\ntrain:"),
-        "config.yaml:8: optimizer.betas: expected a list of 2 (each a number in 0..1), got [0.9]",
+        "config.yaml:8: optimizer.betas: expected a list of 2 (each a number from 0 to below 1), "
+        "got [0.9]",
+    ),
+    "a decay of 1": (
+        ("train:", "optimizer: {name: sgd, momentum: 1}\ntrain:"),
+        "config.yaml:8: optimizer.momentum: expected a number from 0 to below 1, got 1",
     ),
     "scalar for a section": (
         ("{steps: 10}", "10"),

@@ -11,6 +11,7 @@ from PIL import Image
 
 from vitdense.data.ade20k import Ade20kDataset
 from vitdense.data.base import DataError
+from vitdense.data.images import read_labels
 
 
 def columns(sample) -> list[int]:
@@ -51,6 +52,51 @@ def test_palette_and_16_bit_labels(ade, mode):
         image = Image.fromarray(labels.astype(np.uint16))
     image.save(ade.labels / "a.png")
     assert columns(Ade20kDataset(ade.root, "training")[0]) == [255, 0, 1, 2]
+
+
+def test_16_bit_labels_of_a_tiff_in_either_order(ade):
+    for mode, kind in (("I;16", "<u2"), ("I;16B", ">u2")):
+        labels = np.tile(np.arange(4).repeat(10), (30, 1)).astype(kind)
+        path = ade.labels / f"{mode[-1]}.tif"
+        Image.frombytes(mode, (40, 30), labels.tobytes()).save(path)
+        assert Image.open(path).mode == mode
+        assert (read_labels(path) == labels).all()
+
+
+def test_labels_that_seem_to_begin_with_0_are_told(ade, caplog):
+    Ade20kDataset(ade.root, "training")  # holds 0 to 3 for three classes
+    assert not caplog.messages
+    for name in ("a", "b"):
+        ade.write_labels(name, np.tile(np.array([0, 1, 2, 255], np.uint8).repeat(10), (30, 1)))
+    Ade20kDataset(ade.root, "training")
+    (message,) = caplog.messages
+    assert "hold 0 to 2 and not 3, which would be the last class, house; if" in message
+    caplog.clear()
+    Ade20kDataset(ade.root, "training", reduce_zero_label=False)
+    (ade.root / "classes.txt").unlink()
+    entries = [{"id": k, "name": name} for k, name in enumerate(["sky", "grass", "house"], 1)]
+    (ade.root / "classes.json").write_text(json.dumps(entries))
+    Ade20kDataset(ade.root, "training")  # the file tells the labels
+    assert not caplog.messages
+
+
+def test_two_images_of_one_map_are_an_error(ade):
+    Image.open(ade.images / "a.jpg").save(ade.images / "a.png")
+    with pytest.raises(DataError, match=r"a\.png: is the label map of a\.jpg and of a\.png; take"):
+        Ade20kDataset(ade.root, "training")
+
+
+def test_masks_of_0_and_255_are_not_ignored_as_a_whole(ade):
+    (ade.root / "classes.txt").write_text("crack\n")
+    for name in ("a", "b"):
+        ade.write_labels(name, np.tile(np.array([0, 255], np.uint8).repeat(20), (30, 1)))
+    with pytest.raises(DataError, match="hold 0 and 255 alone; for masks take the data set fold"):
+        Ade20kDataset(ade.root, "training")
+    (ade.labels / "b.png").write_text("no image")  # is for the loader to tell
+    with pytest.raises(DataError, match="hold 0 and 255 alone"):
+        Ade20kDataset(ade.root, "training")
+    ade.write_labels("b", np.ones((30, 40), np.uint8))
+    assert columns(Ade20kDataset(ade.root, "training")[1]) == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,10 @@ from vitdense.data.folders import FoldersDataset
 from vitdense.data.images import image_size, read_image, read_labels
 from vitdense.data.mixing import blend, join
 from vitdense.data.transforms import DetectionPolicy, SegmentationPolicy
+from vitdense.engine.checkpoint import Meta, save_model
 from vitdense.engine.train import train
 from vitdense.inference.predictor import Predictor
+from vitdense.inference.tools import predict
 from vitdense.ops.draw import draw
 from vitdense.structures import Prediction, Sample, Target
 from vitdense.testing import check_dataset, check_policy
@@ -239,6 +241,7 @@ def test_trains_and_predicts(tmp_path, channels):
     text = CONFIG.format(root=tmp_path, channels=channels, range="[0, 4095]")
     results = train(configs.loads(text, str(tmp_path / "test.yaml")))
     assert results["steps"] == 2 and 0 <= results["mIoU"] <= 1
+    assert (tmp_path / "run/pictures/step_000002.jpg").is_file()
     predictor = Predictor.load(tmp_path / "run/model.safetensors", "cpu")
     (file,) = sorted((tmp_path / "images/train").glob("a.*"))
     from_file = predictor(file)
@@ -248,6 +251,23 @@ def test_trains_and_predicts(tmp_path, channels):
     assert predictor.draw(file, from_file).width >= 40
     prepared = predictor.sample(file).image
     assert 200 < prepared.max() <= 255  # 12 bits fill the range
+
+
+@pytest.mark.parametrize("limits", ["[0, 4095]", "null"])
+def test_the_command_predict_draws_deep_images_as_they_are_seen(tmp_path, limits):
+    make_set(tmp_path, 1)
+    config = configs.loads(CONFIG.format(root=tmp_path, channels=1, range=limits), "test")
+    path = tmp_path / "model.safetensors"
+    meta = Meta(configs.dump(config), ["dark", "bright"], [0, 1], "semantic", 1, {}, "0")
+    save_model(path, config.model(2), meta)
+    file = tmp_path / "images/train/a.png"
+    predict(path, [file], tmp_path / "out", device="cpu")
+    predictor = Predictor.load(path, "cpu")
+    expected = np.array(predictor.draw(file, predictor(file))).astype(np.float32)
+    drawn = np.array(Image.open(tmp_path / "out/a.jpg")).astype(np.float32)
+    assert np.abs(drawn - expected).mean() < 8  # of the JPEG; twice scaled, it was near black
+    pixels = read_image(file, 1, limits=None if limits == "null" else (0, 4095))
+    assert expected.std() > 0.2 * pixels.std() > 0
 
 
 def test_a_model_of_other_channels_is_an_error(tmp_path):

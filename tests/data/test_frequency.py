@@ -10,7 +10,7 @@ import torch
 
 from tests.data.trees import columns, make_folders, make_panoptic, make_voc, save_map
 from vitdense.data import images
-from vitdense.data.base import shown_labels
+from vitdense.data.base import DataError, shown_labels
 from vitdense.data.coco import CocoDataset
 from vitdense.data.coco_panoptic import CocoPanopticDataset
 from vitdense.data.folders import FoldersDataset
@@ -31,6 +31,22 @@ def test_counts_of_label_maps(tmp_path, monkeypatch):
     assert pixels_per_image(dataset).tolist() == [[192, 384, 0, 0], [384, 0, 384, 0]]
     expected = [[True, True, False, False], [True, False, True, False]]
     assert images_with_class(dataset).tolist() == expected
+
+
+def test_maps_that_cannot_be_read_are_left_out_if_told(tmp_path):
+    root = make_folders(tmp_path, columns(0, 1, 2, 255))
+    (root / "classes.txt").write_text("sky\nroad\ntree\n")
+    dataset = FoldersDataset(root, "train")
+    whole, _ = class_frequencies(dataset)
+    (root / "labels/train/b.png").write_text("no image")
+    for count in (class_frequencies, images_with_class):
+        with pytest.raises(DataError, match=r"b\.png: not an image"):
+            count(dataset)
+    assert class_frequencies(dataset, skip=True)[0].tolist() == (whole // 2).tolist()
+    assert images_with_class(dataset, skip=True).tolist() == [[True] * 3, [False] * 3]
+    (root / "labels/train/a.png").write_text("no image")
+    with pytest.raises(DataError, match=r"a\.png: not an image"):
+        class_frequencies(dataset, skip=True)
 
 
 def test_equals_numpy_on_generated_maps(shapes_root):

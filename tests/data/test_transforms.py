@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
+from vitdense.data import transforms
 from vitdense.data.color import distort
-from vitdense.data.crop import is_varied, window_around_objects
+from vitdense.data.crop import is_varied, window_around_objects, window_to_canvas
 from vitdense.data.geometry import Movement, select
 from vitdense.data.shapes import ShapesDataset
 from vitdense.data.transforms import DetectionPolicy, NoPolicy, SegmentationPolicy
@@ -180,6 +181,21 @@ def test_crops_full_of_one_class_are_drawn_again():
     semantic[:, :60] = IGNORE
     assert not is_varied(semantic, ((0, 0), (100, 100)), 0.75)
     assert not is_varied(semantic, ((0, 0), (20, 20)), 0.75)
+
+
+@pytest.mark.parametrize(("most", "draws"), [(1.0, 1), (0.99, 10)])
+def test_a_ratio_of_1_lets_crops_of_one_class_be(most, draws, monkeypatch):
+    drawn = []
+
+    def draw(*args):
+        drawn.append(args)
+        return window_to_canvas(*args)
+
+    monkeypatch.setattr(transforms, "window_to_canvas", draw)
+    sample = objects_sample()
+    sample.target.semantic = torch.zeros_like(sample.target.semantic)
+    SegmentationPolicy(size=60, crop=16, cat_max_ratio=most).train(sample)
+    assert len(drawn) == draws
 
 
 def test_windows_around_objects_are_those_of_torchvision_in_distribution():

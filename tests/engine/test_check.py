@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from vitdense import config
 from vitdense.config import ConfigError
@@ -61,6 +62,37 @@ def test_missing_data_and_refused_options_are_errors_of_the_user() -> None:
         check(config.loads(CONFIG.replace("images: 6, size: 64", "images: 6, size: 16")))
     with pytest.raises(DataError, match="nowhere"):
         check(config.loads(CONFIG, overrides=["data.dataset=coco", "data.root=nowhere"]))
+
+
+@pytest.mark.parametrize(
+    ("truth", "task", "message"),
+    [
+        ("instance", "panoptic", "does not tell things from stuff, and the model's task is panop"),
+        ("panoptic", "instance", "is panoptic, its stuff is no object, and the model's task is in"),
+    ],
+)
+def test_a_truth_of_another_task_is_an_error_of_the_user(
+    truth: str, task: str, message: str
+) -> None:
+    head = f"model.head={{name: mask2former, task: {task}, width: 16, heads: 2, queries: 4}}"
+    changes = [head, f"data.dataset.task={truth}"]
+    with pytest.raises(ValueError, match=f"^data.dataset: the truth in shapes {message}"):
+        check(config.loads(CONFIG, overrides=changes))
+
+
+def test_one_class_of_pixels_is_an_error_of_the_user() -> None:
+    for folder in ("images", "annotations"):
+        for split in ("train", "val"):
+            path = Path(f"set/{folder}/{split}/a.png")
+            path.parent.mkdir(parents=True)
+            Image.new("L", (64, 64), 1).save(path)
+    Path("set/classes.txt").write_text("crack\n")
+    changes = ["data.dataset=ade20k", "data.root=set"]
+    with pytest.raises(ValueError, match="^data.dataset: set has the one class 'crack', so it is"):
+        check(config.loads(CONFIG, overrides=changes))
+    Path("set/classes.txt").write_text("wall\ncrack\n")
+    changes[0] = "data.dataset={name: ade20k, reduce_zero_label: false}"
+    assert "2 classes: wall, crack" in check(config.loads(CONFIG, overrides=changes))
 
 
 def test_shapes_of_nested_values() -> None:

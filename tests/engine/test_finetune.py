@@ -108,8 +108,11 @@ def test_weights_of_the_backbone_are_not_fetched(monkeypatch: pytest.MonkeyPatch
     def fail(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("fetched")
 
+    train(make("semantic", "output=resumed"))
     monkeypatch.setattr("timm.models._builder.load_pretrained", fail)
     Run(config, runtime.start("cpu"))
+    longer = make("semantic", "output=resumed", "model.backbone.pretrained=true", "train.steps=2")
+    assert train(longer, resume=True)["steps"] == 2
 
 
 def test_weights_of_classes_in_the_loss_are_no_matter() -> None:

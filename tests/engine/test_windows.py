@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from vitdense.backbones.survey import Canvas
 from vitdense.config.schema import Inference
 from vitdense.data.collate import collate
 from vitdense.engine.evaluate import answer, check_inference, place
@@ -351,6 +352,16 @@ def test_what_a_model_cannot_do_is_refused(options, task, message):
     with pytest.raises(ValueError, match=message):
         check_inference(Inference(**options), model)
     check_inference(Inference(), model)
+
+
+def test_windows_fit_a_backbone_of_one_size():
+    model = make_model()
+    model.backbone = nn.Module()
+    model.backbone.canvas = Canvas("beit", (64, 64), fixed=True)
+    for window in (32, 64, (64, 32)):
+        check_inference(Inference(window=window), model)
+    with pytest.raises(ValueError, match=r"^inference.window: beit has a fixed .* of 64x64, the"):
+        check_inference(Inference(window=(64, 96)), model)
 
 
 def test_a_model_without_scores_is_refused(tiny_model):

@@ -63,6 +63,14 @@ def test_ids_of_a_coco_file(tmp_path, places):
     assert ids == {"x.jpg": 42, "new.jpg": "new"}
 
 
+def test_ids_of_cityscapes_are_those_of_its_panoptic_file(tmp_path):
+    path = tmp_path / "ulm/ulm_000000_000019_leftImg8bit.png"
+    path.parent.mkdir()
+    path.touch()
+    (file,) = find_images([tmp_path])
+    assert (file.image_id, file.name) == ("ulm_000000_000019", f"ulm/{path.stem}")
+
+
 def test_a_broken_coco_file_is_named(tmp_path):
     (tmp_path / "x.jpg").touch()
     (tmp_path / "_annotations.coco.json").write_text("[]")

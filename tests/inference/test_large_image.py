@@ -103,6 +103,8 @@ def test_the_command_predict(segmenter, detector, label_root, tmp_path, capsys):
         (detector, "inference.flip=true", "inference.flip: is for semantic models"),
         (segmenter, "inference.window=40", "inference.window: 40 is no multiple of 32"),
         (segmenter, "inference.blend=round", "inference.blend: expected 'flat', 'gaussian' or"),
+        (segmenter, "inference.overlap=0.5", "inference.overlap: is for windows; set inference.w"),
+        (segmenter, "inference.batch_size=2", "inference.batch_size: is for windows"),
     ):
         assert cli.main(["predict", str(model), photos, option, *out]) == 2
         assert message in capsys.readouterr().err

@@ -195,6 +195,7 @@ def test_what_cannot_be_opened_is_refused(name):
         ({"class_token": "concat"}, "^backbone: .* leave out windows"),
         ({"annealing": [(0.1, 0.2)]}, "^annealing: .* must be 2 pairs"),
         ({"annealing": [(0.1, 0.2), (0.3, 0.2)]}, "^annealing: .* must be 2 pairs"),
+        ({"annealing": [(0.1, 0.2)] * 2, "masking": "never"}, "^annealing: .* not of never"),
     ],
 )
 def test_wrong_options_are_refused(options, message):

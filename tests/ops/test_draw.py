@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vitdense.ops.draw import as_segments, draw, grid, palette, side_by_side
+from vitdense.ops.draw import _deepest, as_segments, draw, grid, palette, side_by_side
 from vitdense.ops.plates import Plates
 from vitdense.structures import IGNORE, Prediction, Target
 
@@ -84,6 +84,18 @@ def test_label_maps_are_tinted_and_ignored_pixels_are_not():
     semantic[:, 60:] = IGNORE
     picture = draw(GREY, Target(semantic=semantic), NAMES)
     assert changed(picture)[:, :60].all() and not changed(picture)[:, 60:].any()
+
+
+def test_large_regions_are_named_in_their_middle_and_thin_ones_too():
+    region = np.zeros((2500, 3100), dtype=bool)
+    region[200:2300, 400:2500] = True
+    x, y, depth = _deepest(region)
+    assert abs(x - 1450) <= 3 and abs(y - 1250) <= 3 and abs(depth - 1050) <= 3
+    thin = np.zeros((2500, 3100), dtype=bool)
+    thin[:, 1] = thin[1] = True  # of so large a region each third row and column are looked at
+    x, y, depth = _deepest(thin)
+    assert thin[y, x] and 0 < depth < 2
+    assert _deepest(np.zeros((5, 5), dtype=bool)) == (0, 0, 0.0)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])

@@ -12,7 +12,7 @@ from vitdense.config.errors import ConfigError, Mark, Problem
 from vitdense.config.nodes import Node
 from vitdense.config.part import Part
 from vitdense.config.reader import BAD, Reader
-from vitdense.config.schema import Choice, Config, Section
+from vitdense.config.schema import NO_WINDOWS, OF_WINDOWS, Choice, Config, Section
 from vitdense.registry import add_module, suggest
 
 
@@ -57,10 +57,23 @@ def _check(tree: Node, name: str) -> Config:
     output = Node(f"runs/{name}", tree.mark)
     tree = Node({"output": output, **tree.value}, tree.mark)
     config = reader.section(Config, tree)
+    if config is not BAD and config.inference.window is None:
+        _refuse_windows(tree.value.get("inference"), reader)
     if reader.problems or config is BAD:
         raise ConfigError(sorted(reader.problems, key=_order))
     config._name = name
     return config
+
+
+def _refuse_windows(inference: Node | None, reader: Reader) -> None:
+    """Report options of windows that the command line gives where there are none.
+
+    The config.yaml of a run has them all, and says `window: null`.
+    """
+    given = inference.value if inference is not None else None
+    for key, child in given.items() if isinstance(given, dict) else ():
+        if key in OF_WINDOWS and child.mark.file == layers.COMMAND_LINE:
+            reader.report(child.mark, f"inference.{key}", NO_WINDOWS)
 
 
 def _order(problem: Problem) -> tuple[bool, str, int]:

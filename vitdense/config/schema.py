@@ -27,6 +27,8 @@ from vitdense.config.types import (
 
 Folder = Annotated[Path, Words("a path")]
 
+BelowOne = Annotated[Fraction, Field(lt=1), Words("a number from 0 to below 1")]
+
 
 class Section(BaseModel):
     """A section of the config."""
@@ -202,11 +204,11 @@ class Optimizer(Choice):
     weight_decay: NonNegativeFloat = Field(
         default=0.05, description="weight decay, decoupled from the gradient by adamw"
     )
-    betas: tuple[Fraction, Fraction] = Field(
+    betas: tuple[BelowOne, BelowOne] = Field(
         default=(0.9, 0.999),
         description="adamw: decay of the running means of gradient and squared gradient",
     )
-    momentum: Fraction = Field(default=0.9, description="sgd: decay of the running gradient")
+    momentum: BelowOne = Field(default=0.9, description="sgd: decay of the running gradient")
     backbone_scale: NonNegativeFloat = Field(
         default=1.0, description="learning rate of the backbone, relative to lr; 0 = frozen"
     )
@@ -259,6 +261,12 @@ class Schedule(Choice):
         return self
 
 
+OF_WINDOWS = ("overlap", "blend", "batch_size")
+"""Keys of `inference` that say how windows are laid."""
+
+NO_WINDOWS = "is for windows; set inference.window too, or remove it"
+
+
 class Inference(Section):
     """How semantic models answer, in training, `eval` and `predict`: windows, flips, scales."""
 
@@ -266,7 +274,7 @@ class Inference(Section):
         default=None,
         description="side, or height and width, of windows over the prepared image; null = whole",
     )
-    overlap: Annotated[Fraction, Field(lt=1), Words("a number from 0 to below 1")] = Field(
+    overlap: BelowOne = Field(
         default=1 / 3, description="least part of a window that the next one covers too"
     )
     blend: Literal["flat", "gaussian", "center"] = Field(
@@ -290,8 +298,8 @@ class Inference(Section):
     def _windows_for_their_options(self) -> Self:
         # `window: null`, as in the config.yaml of a run, says that the others are not in use
         if "window" not in self.model_fields_set:
-            for key in sorted({"overlap", "blend", "batch_size"} & self.model_fields_set):
-                raise ValueError(f"{key}: is for windows; set inference.window too, or remove it")
+            for key in sorted(set(OF_WINDOWS) & self.model_fields_set):
+                raise ValueError(f"{key}: {NO_WINDOWS}")
         return self
 
 

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from pydantic import NonNegativeInt
 
 from vitdense.data.base import DataError
-from vitdense.data.classes import find_classes, read_classes
+from vitdense.data.classes import find_classes, read_classes, read_entries
 from vitdense.data.deep import check_range
 from vitdense.data.images import inside, list_images, read_labels
-from vitdense.data.label_maps import label_table, labels_in, look_up
+from vitdense.data.label_maps import (
+    LOOKED_AT,
+    first_labels,
+    hides_masks,
+    label_table,
+    labels_in,
+    look_up,
+)
 from vitdense.data.layouts import Layout, find_layout
 from vitdense.data.segments import MapDataset, paired_names
 from vitdense.registry import DATASETS
 from vitdense.structures import IGNORE, Target
+
+log = logging.getLogger(__name__)
 
 LAYOUTS = (
     Layout("annotations/{split}", "images/{split}"),
@@ -50,11 +60,13 @@ class Ade20kDataset(MapDataset):
         self.annotations, self.images = find_layout(self.root, split, LAYOUTS, annotations, images)
         self.names = paired_names(self.images, self.annotations)
         first = int(reduce_zero_label)
-        self.classes = read_classes(self._classes_file(classes, first), first)
+        file = self._classes_file(classes, first)
+        self.classes = read_classes(file, first)
         self.category_ids = [first + label for label, _ in enumerate(self.classes)]
         ignored = [IGNORE, 0][: 1 + first] + ([] if ignore_label is None else [ignore_label])
         labels = {label: label - first for label in self.category_ids if label != ignore_label}
         self._table = label_table(labels, ignored)
+        self._check_labels(told=any(it.label is not None for it in read_entries(file)))
 
     def target(self, index: int) -> Target:
         path = inside(self.annotations, f"{self.image_id(index)}.png")
@@ -64,6 +76,29 @@ class Ade20kDataset(MapDataset):
             "`reduce_zero_label`"
         )
         return Target(semantic=look_up(path, read_labels(path), self._table, remedy))
+
+    def _check_labels(self, told: bool) -> None:
+        """Look for the two usual misunderstandings in the first maps.
+
+        Args:
+            told: the file of classes says which labels they have.
+        """
+        maps = [self.annotations / f"{Path(name).stem}.png" for name in self.names[:LOOKED_AT]]
+        if hides_masks(maps, self.category_ids):
+            raise DataError(
+                f"{self.annotations}: the first {len(maps)} label maps hold 0 and 255 alone; for "
+                "masks take the data set folders with binary: true"
+            )
+        last = self.category_ids[-1]
+        if told or last != len(self.classes):
+            return
+        found = first_labels(maps, lambda found: max(found - {IGNORE}, default=0) >= last)
+        if found - {IGNORE} == set(range(last)):
+            log.warning(
+                "%s: the first %d label maps hold 0 to %d and not %d, which would be the last "
+                "class, %s; if their labels begin with 0, set reduce_zero_label: false",
+                self.annotations, len(maps), last - 1, last, self.classes[-1],
+            )  # fmt: skip
 
     def _classes_file(self, name: str | None, first: int) -> Path:
         path = find_classes(self.root, name)

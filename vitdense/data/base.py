@@ -24,7 +24,8 @@ class Dataset:
     Attributes:
         classes: names, in the order of the labels 0..C-1.
         category_ids: the files' own id of each class, for writing results in their format.
-        things: whether each class is counted in objects, as opposed to stuff; None = all are.
+        things: whether each class is counted in objects, as opposed to stuff, where the truth is
+            panoptic; else None.
         frequencies: whether each class is rare, common or frequent, "r", "c" or "f", where it is
             told; metrics group classes by it.
         image_classes: names of the labels of whole images; none unless it has such.

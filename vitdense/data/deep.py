@@ -110,10 +110,12 @@ def to_bytes(path: Path, pixels: NDArray[Any], limits: Limits | None) -> NDArray
             "by the option `range` of the data set which of them become 0 and 255"
         )
     low, high = limits
-    scaled = (pixels.astype(np.float32) - low) * np.float32(255 / (high - low))
+    scaled = pixels.astype(np.float32)  # then in place: such images are large
+    scaled -= low
+    scaled *= 255 / (high - low)
     if not np.isfinite(scaled).all():
         raise DataError(f"{path}: has pixels that are no finite numbers; fill them")
-    return scaled.clip(0, 255).astype(np.float32)
+    return scaled.clip(0, 255, out=scaled)
 
 
 def _load(path: Path) -> NDArray[Any]:

@@ -9,12 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from vitdense.data.base import Dataset
+from vitdense.data.base import DataError, Dataset
 from vitdense.structures import IGNORE, Target
 
 
-def pixels_per_image(dataset: Dataset) -> Tensor:
+def pixels_per_image(dataset: Dataset, skip: bool = False) -> Tensor:
     """int64 [images, C]: pixels of each class; ignored ones count nowhere. Reads no images.
+
+    Args:
+        skip: what cannot be read has no pixels, instead of raising.
 
     Raises:
         ValueError: the data set has no label maps.
@@ -24,16 +27,16 @@ def pixels_per_image(dataset: Dataset) -> Tensor:
     def pixels(index: int) -> Tensor:
         return _pixels(dataset.target(index), len(dataset.classes))
 
-    return _collect(dataset, pixels, "counting pixels")
+    return _collect(dataset, pixels, "counting pixels", skip)
 
 
-def class_frequencies(dataset: Dataset) -> tuple[Tensor, Tensor]:
+def class_frequencies(dataset: Dataset, skip: bool = False) -> tuple[Tensor, Tensor]:
     """Pixels of each class, and labelled pixels of the images that show it, int64 [C] each."""
-    pixels = pixels_per_image(dataset)
+    pixels = pixels_per_image(dataset, skip)
     return pixels.sum(0), (pixels.sum(1, keepdim=True) * (pixels > 0)).sum(0)
 
 
-def repeat_factors(dataset: Dataset, rare: float) -> Tensor:
+def repeat_factors(dataset: Dataset, rare: float, skip: bool = False) -> Tensor:
     """How often each image should be seen, float64 [images], at least 1.
 
     An image of a class that only the part f of all images shows counts sqrt(rare / f) times: repeat
@@ -41,14 +44,15 @@ def repeat_factors(dataset: Dataset, rare: float) -> Tensor:
 
     Args:
         rare: 0..1, classes that a smaller part of the images shows are rare.
+        skip: what cannot be read shows nothing, instead of raising.
     """
-    shown = images_with_class(dataset)
+    shown = images_with_class(dataset, skip)
     part = shown.double().mean(0)
     factors = (rare / part.clamp(min=1e-12)).sqrt().clamp(min=1)
     return torch.where(shown, factors, 1.0).amax(1)
 
 
-def images_with_class(dataset: Dataset) -> Tensor:
+def images_with_class(dataset: Dataset, skip: bool = False) -> Tensor:
     """bool [images, C]: whether an image shows a class, by `Dataset.labels`.
 
     Raises:
@@ -60,16 +64,28 @@ def images_with_class(dataset: Dataset) -> Tensor:
         row[dataset.labels(index)] = True
         return row
 
-    return _collect(dataset, present, "looking for classes")
+    return _collect(dataset, present, "looking for classes", skip)
 
 
-def _collect(dataset: Dataset, read: Callable[[int], Tensor], what: str) -> Tensor:
+def _collect(dataset: Dataset, read: Callable[[int], Tensor], what: str, skip: bool) -> Tensor:
     from tqdm import tqdm
+
+    def count(index: int) -> Tensor | None:
+        try:
+            return read(index)
+        except DataError:
+            if not skip:
+                raise
+            return None
 
     workers = min(8, os.cpu_count() or 1)  # decoding lets other threads run
     with ThreadPoolExecutor(workers) as pool:
-        rows = pool.map(read, range(len(dataset)))
-        return torch.stack(list(tqdm(rows, what, len(dataset), leave=False, disable=None)))
+        found = pool.map(count, range(len(dataset)))
+        rows = list(tqdm(found, what, len(dataset), leave=False, disable=None))
+    read_ones = [row for row in rows if row is not None]
+    if not read_ones:
+        return read(0)[None]  # raises what is wrong
+    return torch.stack([torch.zeros_like(read_ones[0]) if row is None else row for row in rows])
 
 
 def _pixels(target: Target, classes: int) -> Tensor:

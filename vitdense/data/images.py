@@ -35,7 +35,7 @@ SUFFIXES = frozenset(
 
 _ORIENTATION = 0x0112  # the EXIF tag
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-_LABELS = frozenset({"1", "L", "P", "I", "I;16"})
+_LABELS = frozenset({"1", "L", "P", "I", "I;16", "I;16B"})
 
 
 def read_image(

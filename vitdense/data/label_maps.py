@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,22 @@ def hides_masks(files: list[Path], labels: list[int]) -> bool:
     """
     if len(labels) > 2 or IGNORE in labels:
         return False
-    return set(labels_in([it for it in files[:LOOKED_AT] if not is_colored(it)])) == {0, IGNORE}
+    return first_labels(files, lambda found: bool(found - {0, IGNORE})) == {0, IGNORE}
+
+
+def first_labels(files: list[Path], enough: Callable[[set[int]], bool]) -> set[int]:
+    """Labels that the first maps hold; files of colors, or that cannot be read, are passed over.
+
+    Args:
+        enough: whether no more maps need be read, from the labels so far.
+    """
+    found: set[int] = set()
+    for file in files[:LOOKED_AT]:
+        with suppress(DataError):
+            found.update([] if is_colored(file) else labels_in([file]))
+        if enough(found):
+            break
+    return found
 
 
 def color_labels(path: Path, classes: dict[tuple[int, int, int], int], source: str) -> Tensor:

@@ -116,14 +116,14 @@ def paired_names(images: Path, maps: Path) -> NDArray[Any]:
 
 
 def check_maps(folder: Path, there: set[str], maps: dict[str, str]) -> None:
-    """Every image has its map.
+    """Every image has its map, of its own.
 
     Args:
         there: names of the files in `folder`.
         maps: the map's name for each image.
 
     Raises:
-        DataError: maps are missing.
+        DataError: maps are missing, or one is of two images, which then share an id, too.
     """
     missing = [(image, map_) for image, map_ in maps.items() if map_ not in there]
     if missing:
@@ -132,3 +132,9 @@ def check_maps(folder: Path, there: set[str], maps: dict[str, str]) -> None:
             f"{folder / map_}: no label map for the image {image} "
             f"({len(missing)} of {len(maps)} are missing)"
         )
+    owners: dict[str, str] = {}
+    for image, map_ in maps.items():
+        if (other := owners.setdefault(map_, image)) != image:
+            raise DataError(
+                f"{folder / map_}: is the label map of {other} and of {image}; take one out"
+            )

@@ -158,7 +158,7 @@ class SegmentationPolicy(Policy):
         size: PositiveInt = 512,  # shorter side of an image, before the random factor
         crop: PositiveInt | tuple[PositiveInt, PositiveInt] = 512,  # side, or height and width
         scale: tuple[PositiveFloat, PositiveFloat] = (0.5, 2.0),  # range of the random factor
-        cat_max_ratio: Fraction = 0.75,  # draw again if one class fills more of the crop
+        cat_max_ratio: Fraction = 0.75,  # draw again if one class fills more of the crop; 1: never
         flip: Fraction = 0.5,  # chance to mirror left and right
         photometric: Fraction = 0.5,  # chance of each change of brightness, contrast and color
         evaluation: Literal["short_side", "stretch", "keep"] = "short_side",  # stretch: to `crop`
@@ -190,7 +190,7 @@ class SegmentationPolicy(Policy):
     def _move(self, sample: Sample) -> Movement:
         image = _image_size(sample)
         scaled = _scaled(self._fit(image), _uniform(*self.scale))
-        semantic = sample.target.semantic
+        semantic = sample.target.semantic if self.cat_max_ratio < 1 else None
         for _ in range(10):
             window, content = window_to_canvas(((0, 0), image), scaled, self.crop)
             if semantic is None or is_varied(semantic, window, self.cat_max_ratio):

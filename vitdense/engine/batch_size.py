@@ -45,12 +45,23 @@ SAMPLES = 16
 Step = Callable[[Run, Iterator[Batch]], None]
 
 
+NOTE = "# train.batch_size was found by auto\n"
+"""In a run's config.yaml, where the number is: one that somebody gave is not for `auto` to keep."""
+
+
 def kept(config: Config) -> Config:
     """The same config, `train.batch_size: auto` replaced by the number that the run has found."""
     written = Path(config.output) / "config.yaml"
     if config.train.batch_size != "auto" or not written.exists():
         return config
+    if NOTE not in written.read_text(encoding="utf-8"):
+        return config
     return build.with_batch_size(config, build.batch_size(configs.load(written).train))
+
+
+def note(config: Config) -> str:
+    """What config.yaml says beside the number, of a run that was asked for by this config."""
+    return NOTE if config.train.batch_size == "auto" else ""
 
 
 def settle(config: Config, runtime: Runtime, step: Step) -> Config:
@@ -64,9 +75,15 @@ def settle(config: Config, runtime: Runtime, step: Step) -> Config:
 
     Raises:
         OutOfMemory: not even one image fits.
+        ValueError: the model is to be split, which a process alone cannot try.
     """
     if config.train.batch_size != "auto":
         return config
+    if config.train.shard and runtime.world_size > 1:
+        raise ValueError(
+            "train.batch_size: auto tries the whole model in each process, and train.shard is for "
+            "models that are too large for that; give a number"
+        )
     find = find_by_trial if runtime.device.type == "cuda" else find_by_estimate
     host = platform.node()
     limit = _limit(runtime.device, runtime.gather(host).count(host))
@@ -236,5 +253,5 @@ def build_alone(config: Config, alone: Runtime) -> tuple[Data, Model]:
     """Data and model as a run has them."""
     data = build.build_data(config)
     model = build.build_model(config, data)
-    build.weigh_classes(model, data.train, alone)
+    build.weigh_classes(model, data.train, alone, config.data.faulty)
     return data, model.to(alone.device)

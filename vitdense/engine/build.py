@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from vitdense.config import Config
 from vitdense.config.schema import Data as Source
@@ -16,6 +16,7 @@ from vitdense.data.cache import open_cache
 from vitdense.data.frequency import class_frequencies, repeat_factors
 from vitdense.data.image_labels import LabelledDataset, check_splits
 from vitdense.data.loader import EvaluationLoader, Report, warn
+from vitdense.data.workers import count
 from vitdense.engine.checkpoint import changed, make_model, without_weights
 from vitdense.engine.runtime import Runtime, seed_step
 from vitdense.engine.schedule import Length
@@ -86,17 +87,41 @@ def build_split(source: Source, split: str, image_classes: list[str] | None = No
     return LabelledDataset(dataset, source.root / source.image_labels, image_classes)
 
 
-def build_model(config: Config, data: Data) -> Model:
+def build_model(config: Config, data: Data, fetch: bool = True) -> Model:
     """The model for the data's classes, drawn from the config's seed; sets the data's channels.
 
-    A backbone fetches no weights where `train.init` will give them all.
+    Args:
+        fetch: weights of the backbone; none where `train.init` or a checkpoint will give them all.
     """
     seed_step(config.seed, 0)
-    part = config.model if config.train.init is None else without_weights(config.model)
+    fetch = fetch and config.train.init is None
+    part = config.model if fetch else without_weights(config.model)
     model = make_model(part, len(data.train.classes), len(data.train.image_classes))
+    check_truth(model.task, data.train)
     data.train.channels = data.val.channels = model.in_chans
     _set_things(model, data.train)
     return model
+
+
+def check_truth(task: Task, dataset: Dataset) -> None:
+    """Raise ValueError if the truth is of another task, or if there is nothing to learn from it."""
+    if task == "semantic" and len(dataset.classes) == 1:
+        raise ValueError(
+            f"data.dataset: {dataset.root} has the one class {dataset.classes[0]!r}, so it is the "
+            "answer for every pixel; let the rest be a class too (ade20k: reduce_zero_label: "
+            "false, and its name before the other; folders: binary: true)"
+        )
+    if task == "panoptic" and dataset.things is None:
+        raise ValueError(
+            f"data.dataset: the truth in {dataset.root} does not tell things from stuff, and the "
+            "model's task is panoptic; take coco_panoptic, or `task: panoptic` of a data set that "
+            "has it, or set another `task` of the model or its head"
+        )
+    if task in ("detection", "instance") and dataset.things is not None:
+        raise ValueError(
+            f"data.dataset: the truth in {dataset.root} is panoptic, its stuff is no object, and "
+            f"the model's task is {task}; take coco, or `task: {task}` of a data set that has it"
+        )
 
 
 def _set_things(model: Model, dataset: Dataset) -> None:
@@ -104,18 +129,25 @@ def _set_things(model: Model, dataset: Dataset) -> None:
         model.set_things(dataset.things)
 
 
-def weigh_classes(model: Model, dataset: Dataset, runtime: Runtime) -> None:
+def weigh_classes(
+    model: Model, dataset: Dataset, runtime: Runtime, faulty: Literal["stop", "skip"] = "stop"
+) -> None:
     """Tell losses that make up for rare classes how often the data has each.
 
     The main process counts for all.
 
+    Args:
+        faulty: what to do at a label map that is missing or wrong.
+
     Raises:
-        DataError: a label map is missing or wrong.
+        DataError: there is one, and it is not to be skipped.
     """
     losses = [module for module in model.modules() if isinstance(module, DenseLoss)]
     losses = [loss for loss in losses if loss.balanced]
     if losses:
-        frequencies = runtime.agree(class_frequencies(dataset) if runtime.is_main else None)
+        skip = faulty == "skip"
+        counted = class_frequencies(dataset, skip) if runtime.is_main else None
+        frequencies = runtime.agree(counted)
         for loss in losses:
             loss.set_frequencies(*frequencies)
 
@@ -210,7 +242,8 @@ def training_loader(
     length = build_length(config.train, len(data.train), runtime.world_size)
     rare, repeats = config.data.rare, None
     if rare is not None:
-        counted = repeat_factors(data.train, rare).numpy() if runtime.is_main else None
+        skip = config.data.faulty == "skip"
+        counted = repeat_factors(data.train, rare, skip).numpy() if runtime.is_main else None
         repeats = runtime.agree(counted)
 
     def closing(batch: int) -> bool:
@@ -222,7 +255,7 @@ def training_loader(
         data.policy,
         batch_size(config.train),
         model.divisor,
-        workers=config.data.workers,
+        workers=count(config.data.workers, runtime.cores),
         faulty=config.data.faulty,
         report=report,
         seed=config.seed,
@@ -243,7 +276,7 @@ def evaluation_loader(
         data.policy,
         batch_size(config.train),
         model.divisor,
-        workers=config.data.workers,
+        workers=count(config.data.workers, runtime.cores),
         faulty=config.data.faulty,
         report=report,
         rank=runtime.rank,

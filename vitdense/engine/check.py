@@ -43,7 +43,7 @@ def check(config: Config) -> str:
     data = build.build_data(config)
     model = build.build_model(config, data)
     started = build.start(config, data, model)
-    build.weigh_classes(model, data.train, where)
+    build.weigh_classes(model, data.train, where, config.data.faulty)
     model.to(where.device)
     labels = build.labels_of(model, data.train)
     train = data.train

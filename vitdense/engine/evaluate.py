@@ -12,6 +12,7 @@ from vitdense.config.schema import Inference
 from vitdense.engine.memory import explained_answer
 from vitdense.engine.runtime import autocast, to_float
 from vitdense.engine.views import Advance, Glances, segment
+from vitdense.engine.windows import window_size
 from vitdense.heads.base import Head
 from vitdense.metrics.base import Metric
 from vitdense.models.base import Model
@@ -158,3 +159,9 @@ def check_inference(inference: Inference, model: Model, metric: Metric | None = 
                 f"inference.window: {side} is no multiple of {model.divisor}, of which this model "
                 f"takes images; give {' or '.join(map(str, near))}"
             )
+    canvas = getattr(getattr(model, "backbone", None), "canvas", None)
+    if inference.window is not None and canvas is not None:
+        try:
+            canvas.fit(window_size(inference, (0, 0)))
+        except ValueError as error:  # it takes images of one size alone
+            raise ValueError(f"inference.window: {error}, or give windows of that size") from None

@@ -54,9 +54,11 @@ class Run:
         self.folder = Path(config.output)
         self.states = States(self.folder / "checkpoints", config.train.keep)
         self.data = build.build_data(config)
-        self.model: Model = build.build_model(config, self.data)
-        self._start()
-        build.weigh_classes(self.model, self.data.train, runtime)
+        resumes = bool(self.states.entries)
+        self.model: Model = build.build_model(config, self.data, fetch=not resumes)
+        if not resumes:
+            self._start()
+        build.weigh_classes(self.model, self.data.train, runtime, config.data.faulty)
         self.model.to(runtime.device)
         if config.train.sync_batch_norm:
             self.model = runtime.synchronize_norms(self.model)
@@ -96,9 +98,8 @@ class Run:
         self._logged = 0, 0.0
 
     def _start(self) -> None:
-        """Start from another model's weights, and say so, unless the run goes on from its own."""
-        resumes = bool(self.states.entries)
-        started = None if resumes else build.start(self.config, self.data, self.model)
+        """Start from another model's weights, if the config names one, and say so."""
+        started = build.start(self.config, self.data, self.model)
         if started is not None and self.runtime.is_main:
             print(started, file=sys.stderr)
 
@@ -178,7 +179,8 @@ class Run:
 
     def evaluate(self) -> None:
         """Measure the result, draw pictures, and see whether it is the best so far."""
-        self.evaluated = self.step, self.clock.elapsed
+        # all must find the next one due at the same step, and their clocks differ
+        self.evaluated = self.step, self.runtime.agree(self.clock.elapsed)
         with speed.uncompiled(self.config), sharding.gathered(self.result):
             numbers = evaluate(
                 self.result,

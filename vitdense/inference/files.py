@@ -21,7 +21,8 @@ class ImageFile:
     Attributes:
         path: the file.
         name: of what is written for it, without suffix; has the subfolders of a given folder.
-        image_id: the id that a COCO file beside it gives, else the stem of the file.
+        image_id: the id that a COCO file beside it gives, else the stem of the file, without the
+            `_leftImg8bit` of Cityscapes.
     """
 
     path: Path
@@ -99,7 +100,8 @@ class _CocoIds:
         folder = path.parent
         if folder not in self._of_folder:
             self._of_folder[folder] = _read_ids(folder)
-        return self._of_folder[folder].get(path.name, path.stem)
+        # Cityscapes' own panoptic files leave out that the file is an image
+        return self._of_folder[folder].get(path.name, path.stem.removesuffix("_leftImg8bit"))
 
 
 def _read_ids(folder: Path) -> dict[str, int]:

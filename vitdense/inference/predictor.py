@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, overload
 
 import torch
+from torch import Tensor
 
 from vitdense import config as configs
 from vitdense.data.collate import collate
@@ -130,9 +131,15 @@ class Predictor:
         Args:
             threshold: objects of a lower score are left out.
         """
+        pixels = to_tensor(image, self.model.in_chans, self.range)
+        return self.draw_pixels(pixels, prediction, threshold)
+
+    def draw_pixels(
+        self, pixels: Tensor, prediction: Prediction, threshold: float = 0.3
+    ) -> PilImage:
+        """The same for pixels as a `Sample` has them: uint8, or float in 0..255, [C, H, W]."""
         from PIL.Image import fromarray
 
-        pixels = to_tensor(image, self.model.in_chans, self.range)
         scale = max(1, READABLE // max(pixels.shape[1:]))
         picture = draw(pixels, prediction, self.classes, threshold, scale, self.image_classes)
         return fromarray(picture.permute(1, 2, 0).contiguous().numpy())

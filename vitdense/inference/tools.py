@@ -120,6 +120,7 @@ def evaluate(
     _check_classes(dataset, meta, config)
     part = checkpoint.without_weights(config.model)
     model = checkpoint.make_model(part, len(meta.classes), len(meta.image_classes))
+    build.check_truth(model.task, dataset)
     checkpoint.load_weights(path, model)
     dataset.channels = model.in_chans
     model.to(place.device)
@@ -196,7 +197,7 @@ def _save_overlay(
 ) -> None:
     path = folder / f"{file.name}.jpg"
     path.parent.mkdir(parents=True, exist_ok=True)
-    predictor.draw(sample.image, prediction, threshold).save(path, quality=90)
+    predictor.draw_pixels(sample.image, prediction, threshold).save(path, quality=90)
 
 
 def _config_and_weights(

@@ -92,6 +92,8 @@ class EomtModel(HeadedModel):
         # some families norm behind the pooling, which is cut off
         width = self.backbone.levels[-1].channels
         self.norm = nn.Identity() if self.backbone.normed else nn.LayerNorm(width, eps=1e-6)
+        if annealing is not None and masking != "annealed":
+            raise ValueError(f"annealing: is of `masking: annealed`, not of {masking}; remove it")
         self.masking = masking
         self.annealing = check_annealing(annealing, blocks)
         self.annealing_power = annealing_power
