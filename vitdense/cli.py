@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ USER_ERRORS = (
     ("vitdense.engine.peers", "LostProcess"),
     ("vitdense.engine.tally", "NonFiniteLoss"),
     ("vitdense.convert.source", "ConversionError"),
+    ("torch", "OutOfMemoryError"),  # where a model does not even fit: it tells what takes how much
 )
 """Errors whose text is made for the user, and where they live."""
 
@@ -37,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run(args)
     except KeyboardInterrupt as error:
         print(str(error) or "interrupted", file=sys.stderr)
+        if hasattr(error, "status"):  # which a launcher that now ends all must not change
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return getattr(error, "status", 130)
     except BrokenPipeError:
         # The reader has gone, as in `vitdense list | head`; keep Python from flushing again.

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import random
+import signal
+import subprocess
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
@@ -13,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vitdense.data import workers
 from vitdense.data.base import DataError, Dataset, Policy
 from vitdense.data.coco import CocoDataset
 from vitdense.data.collate import PackedBatch, collate
@@ -20,6 +24,7 @@ from vitdense.data.frequency import repeat_factors
 from vitdense.data.loader import evaluation_loader, training_loader
 from vitdense.data.shapes import ShapesDataset
 from vitdense.data.transforms import DetectionPolicy, NoPolicy, SegmentationPolicy
+from vitdense.data.workers import count
 from vitdense.structures import IGNORE, Batch, Sample, Target
 
 
@@ -317,3 +322,29 @@ def test_repeat_factors_by_hand():
 
     expected = [2.0, 1, 1, 1, 2.0, 1, 1, 1, 1, 1]  # sqrt(0.4 / 0.1)
     assert repeat_factors(Shown([(8, 8)] * 10), 0.4).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="not on this system")
+def test_a_worker_ends_by_no_signal_but_the_main_process_s() -> None:
+    """A launcher tells all processes to stop; those that read images still have a step to serve."""
+    before = set(multiprocessing.active_children())
+    loader = training_loader(Numbers([(8, 8)] * 6), Draws(), 2, workers=2)
+    whole = take(training_loader(Numbers([(8, 8)] * 6), Draws(), 2, workers=0), 12)
+    found = take(loader, 1)
+    readers = sorted(set(multiprocessing.active_children()) - before, key=lambda it: it.pid or 0)
+    for worker in readers:
+        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    found += take(loader, 11)
+    assert all(map(equal, found, whole)) and [it.is_alive() for it in readers] == [True, True]
+    readers[0].terminate()
+    readers[0].join(20)
+    assert readers[0].exitcode == 0
+
+
+def test_workers_share_what_cores_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert count(3) == count(3, cores=1) == 3
+    for cuda, expected in ((True, [1, 4, 8]), (False, [0, 2, 2])):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        assert [count("auto", cores) for cores in (1, 4, 64)] == expected
+    monkeypatch.setattr(workers, "own_cores", lambda: {3, 5})
+    assert count("auto") == 1

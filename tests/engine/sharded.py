@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +17,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from vitdense.config import Config, loads
-from vitdense.engine import parts, sharding
+from vitdense.engine import checkpoint, parts, sharding
+from vitdense.engine import train as train_module
 from vitdense.engine.checkpoint import CheckpointError
 from vitdense.engine.peers import FailedProcess
+from vitdense.engine.run import Run
 from vitdense.engine.runtime import Runtime
 from vitdense.engine.states import entries_in
+from vitdense.engine.stopping import Stopped, Stopwatch
 from vitdense.engine.train import synchronizing, train
 
 TEXT = """
@@ -105,6 +109,8 @@ def talk(rank: int, folder: Path) -> None:
     check_faults(runtime)
     check_gathering(rank)
     check_torn_folders(rank, folder)
+    check_budget(rank, folder)
+    check_told_in_evaluation(folder)
 
 
 def check_accumulation(runtime: Runtime) -> None:
@@ -184,14 +190,53 @@ def check_torn_folders(rank: int, folder: Path) -> None:
     assert read["model"]["backbone.0.0.1.running_mean"].eq(0).all()
     for file in path.iterdir():
         content = file.read_bytes()
-        for wrong in (b"", content[: len(content) // 2]):
+        flipped = bytearray(content)
+        flipped[len(content) // 2] ^= 1
+        for wrong in (b"", content[: len(content) // 2], bytes(flipped)):
             file.write_bytes(wrong)
             with pytest.raises(CheckpointError, match="step_000003"):
                 parts.read(path)
         file.write_bytes(content)
+    checkpoint.save_state(path / parts.REST, {"step": 3})  # who forges one can forge its sums
     (path / ".metadata").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
     with pytest.raises(CheckpointError, match="os.system is no part of a description"):
         parts.read(path)
+
+
+def check_budget(rank: int, folder: Path) -> None:
+    """Processes whose clocks differ evaluate at the same steps."""
+    launched(rank)
+    minutes = ("train.steps=null", "train.minutes=0.1", "train.evaluations=3")
+    quiet = ("train.checkpoint_every=1000", "train.pictures=0")
+    config = make(folder, "budget", SEMANTIC, *minutes, *quiet)
+    original, steps = train_module.step, [0]
+
+    def step(*args: Any) -> None:
+        original(*args)
+        steps[0] += 1
+
+    with pytest.MonkeyPatch.context() as patch:  # a second for each step, or half of one
+        patch.setattr(train_module, "step", step)
+        patch.setattr(Stopwatch, "elapsed", property(lambda clock: steps[0] / (1 + rank)))
+        train(config)
+    lines = (config.output / "metrics.jsonl").read_text().splitlines()
+    records = [it for it in map(json.loads, lines) if it["kind"] == "evaluation"]
+    assert [it["step"] for it in records] == [2, 4, 6]
+
+
+def check_told_in_evaluation(folder: Path) -> None:
+    """A long one is not waited for, as the time that is left is not known."""
+    config, evaluate = make(folder, "told", SEMANTIC, "train.pictures=0"), Run.evaluate
+
+    def told(run: Run) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        evaluate(run)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "evaluate", told)
+        with pytest.raises(Stopped, match="^stopped, all is saved; go on with --resume"):
+            train(config)
+    assert train(config, resume=True)["steps"] == 4
 
 
 def numbers(run: Path) -> dict[str, Any]:

@@ -117,6 +117,28 @@ def test_training_finds_a_number_and_a_resumed_run_keeps_it(config, monkeypatch,
     assert evaluate(file) == numbers
 
 
+def test_a_number_that_somebody_gave_is_not_kept(config, monkeypatch, capsys):
+    """As after it was too large, when the error has said to go on with auto."""
+    monkeypatch.setattr(train_module, "loop", lambda run, stop: run.states.wait())
+    given = build.with_batch_size(config, 12)
+    with pytest.raises(KeyboardInterrupt):
+        train_module.train(given)
+    assert kept(config).train.batch_size == "auto"
+    give(monkeypatch, 1e12)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train_module.train(config, resume=True)
+        assert kept(config).train.batch_size == 16
+    assert capsys.readouterr().err.count("batch_size auto: 16 images") == 1
+
+
+def test_a_model_that_is_split_is_not_tried(config):
+    train = config.train.model_copy(update={"shard": True})
+    split = config.model_copy(update={"train": train})
+    with pytest.raises(ValueError, match=r"^train.batch_size: auto .* train.shard .* a number"):
+        settle(split, Runtime(CPU, 0, 2), train_module.step)
+
+
 def test_less_memory_gives_smaller_batches(config, monkeypatch):
     data = build.build_data(config)
     model = build.build_model(config, data)

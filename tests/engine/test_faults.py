@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
@@ -352,6 +353,19 @@ def test_a_batch_is_written_whole(tmp_path: Path) -> None:
     assert again.targets[0].boxes is not None and torch.equal(again.targets[0].boxes, target.boxes)
     assert again.targets[0].crowd is not None and again.targets[0].crowd.dtype == torch.bool
     assert again.targets[0].masks is None and again.targets[1].labels is None
+
+
+def test_a_full_disk_hides_no_fault(
+    make: Make, breaks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    breaks(2, lambda logits: logits.log())
+
+    def full(*args: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(NonFiniteLoss, match=r"cross_entropy = nan.*could not be kept: .*No space"):
+        train(make())
 
 
 def test_each_image_is_listed_once_by_all_processes(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vitdense.engine import launch
-from vitdense.engine.launch import Launch, first_host, read_launch
+from vitdense.engine.launch import Launch, first_host, read_launch, share_of_cores
 
 TORCHRUN = {"WORLD_SIZE": "8", "RANK": "5", "LOCAL_RANK": "1", "MASTER_ADDR": "a"}
 SLURM = {
@@ -41,6 +41,17 @@ def test_srun() -> None:
     told = {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500"}
     assert read_launch(SLURM | told).meeting == "tcp://10.0.0.7:29500"
     assert read_launch(SLURM | {"SLURM_STEP_NUM_TASKS": "2"}).world_size == 2
+
+
+def test_cores_are_shared_by_those_that_run_on_them() -> None:
+    """Bound by the launcher or not, on one machine or several."""
+    every = set(range(16))
+    free = [("a", every)] * 4 + [("b", every)] * 2
+    assert [share_of_cores(rank, free) for rank in (0, 3, 4)] == [4, 4, 8]
+    bound = [("a", set(range(4 * it, 4 * it + 4))) for it in range(4)]
+    assert [share_of_cores(rank, bound) for rank in range(4)] == [4] * 4
+    assert share_of_cores(0, [("a", {0})] * 3) == 1
+    assert share_of_cores(1, [("a", {0, 1}), ("b", {0, 1})]) == 2
 
 
 def test_what_srun_has_not_started_runs_once() -> None:

@@ -15,6 +15,7 @@ from vitdense.engine import memory
 from vitdense.engine import train as train_module
 from vitdense.engine.evaluate import answer
 from vitdense.engine.memory import OutOfMemory, is_shortage, training_advice
+from vitdense.models.base import Model
 from vitdense.structures import Batch, Frame, Target
 
 CPU = "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"
@@ -82,6 +83,14 @@ def test_the_command_ends_with_2(config, monkeypatch, tmp_path, capsys):
     assert cli.main(["train", str(file)]) == 2
     shown = capsys.readouterr().err
     assert "error: step 0: the memory of cpu is too small" in shown and "Traceback" not in shown
+
+
+def test_a_model_that_does_not_fit_is_no_fault_of_ours(config, monkeypatch, tmp_path, capsys):
+    file, said = tmp_path / "config.yaml", "CUDA out of memory. Tried to allocate 2.00 GiB."
+    file.write_text(dump(config))
+    monkeypatch.setattr(Model, "to", lambda *_: raising(torch.OutOfMemoryError(said)))
+    assert cli.main(["train", str(file)]) == 2
+    assert f"error: {said}" in capsys.readouterr().err
 
 
 def raising(error: BaseException) -> None:

@@ -14,25 +14,44 @@ import pytest
 from tests.engine import sharded
 from tests.engine.worlds import ROOT, torchrun
 from vitdense.config import dump
+from vitdense.engine.checkpoint import CheckpointError
+from vitdense.engine.peers import is_broken
 from vitdense.engine.states import entries_in
 
 FATAL = """
 import os, signal
+import torch.distributed as dist
 from vitdense.data.base import DataError
-from vitdense.engine import train
+from vitdense.engine import parts, train
+from vitdense.engine.run import Run
 
-step = train.step
+step, write, evaluate = train.step, parts.write, Run.evaluate
 
 def fatal(run, batches):
     rank, how = os.environ["FATAL"].split()
-    if run.step == 2 and run.runtime.rank == int(rank):
+    if how in ("killed", "faulty", "told") and run.step == 2 and run.runtime.rank == int(rank):
         run.states.wait()
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
-        raise DataError("a.jpg: is faulty")
+        if how == "told":  # torchrun is, which tells all
+            os.kill(os.getppid(), signal.SIGTERM)
+        else:
+            raise DataError("a.jpg: is faulty")
     step(run, batches)
 
-train.step = fatal
+def left(run):
+    rank, how = os.environ["FATAL"].split()
+    if how == "leaves" and dist.get_rank() == int(rank):
+        os.kill(os.getpid(), signal.SIGTERM)
+    evaluate(run)
+
+def torn(path, state, group):
+    rank, how = os.environ["FATAL"].split()
+    if how == "writes" and state["step"] == 2 and dist.get_rank() == int(rank):
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, state, group)
+
+train.step, parts.write, Run.evaluate = fatal, torn, left
 """
 
 
@@ -66,12 +85,37 @@ def test_torchrun_ends_with_the_cause(config: Path, monkeypatch: pytest.MonkeyPa
     assert [path.name for path in kept] == ["step_000001.pt", "step_000002.pt"]
 
 
+def test_a_lost_connection_may_hide_behind_a_checkpoint() -> None:
+    closed = RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]")
+    failed, told = CheckpointError("runs/nccl: cannot be written"), CheckpointError("when there is")
+    assert is_broken(closed) and not is_broken(failed)
+    failed.__cause__, told.__cause__ = closed, failed
+    assert is_broken(told)
+    failed.__cause__ = OSError("No space left on device, broken pipe")
+    assert not is_broken(told)
+
+
+@pytest.mark.slow
+def test_torchrun_is_told_to_stop(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It tells every process, those that read images too; the step that is under way is saved."""
+    for name, value in fatal(config, "1 told").items():
+        monkeypatch.setenv(name, value)
+    longer = ("train.steps=9999", "train.checkpoint_every=9999", "data.workers=1")
+    _, said = torchrun("train", str(config), *longer).communicate(timeout=600)
+    told = re.search(r"stopped after step (\d+), all is saved; go on with --resume", said)
+    assert told and int(told[1]) >= 3, said
+    (kept,) = entries_in(config.parent / "run" / "checkpoints")
+    assert kept.name == f"step_{int(told[1]):06d}.pt"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "status", "words"),
     [
         ("1 killed", 75, "rank 1 .* is lost: it says nothing"),
         ("0 killed", 75, "rank 0 .* is lost: it kept the store"),
+        ("1 leaves", 75, "rank 1 .* is lost: Stopped: stopped, all is saved"),
+        ("1 writes", 75, "rank 1 .* is lost: it says nothing"),
         ("1 faulty", 75, "rank 1 .* is lost: DataError: a.jpg: is faulty"),
     ],
 )
@@ -81,7 +125,8 @@ def test_without_a_launcher(config: Path, how: str, status: int, words: str) -> 
         port = str(free.getsockname()[1])
     env = {**os.environ, **fatal(config, how), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "-m", "vitdense", "train", str(config)]
+    shard = ["train.shard=true"] if "writes" in how else []
+    command = [sys.executable, "-m", "vitdense", "train", str(config), *shard]
     running = [
         subprocess.Popen(
             command,

@@ -104,6 +104,19 @@ def test_a_compiled_run_has_the_names_and_numbers_of_a_plain_one(make, traced):
     assert train(longer, resume=True)["steps"] == 5
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_generated_code_has_the_numbers_of_a_plain_run(make):
+    """A whole model by torch's own compiler, forward and backward, with an average."""
+    torch._dynamo.reset()
+    plain = make("plain", "train.ema=0.9")
+    compiled = make("compiled", "train.ema=0.9", "train.compile=true")
+    train(plain)
+    train(compiled)
+    assert torch._dynamo.utils.counters["aot_autograd"]["ok"] > 0
+    assert_close(compiled, plain)
+
+
 def test_evaluation_is_not_compiled(make, traced, monkeypatch):
     """Also without an average, when the model that learns is the one that is evaluated."""
     calls = []

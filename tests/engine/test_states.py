@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.engine.small import assert_same
 from vitdense.engine import checkpoint, parts
 from vitdense.engine.checkpoint import CheckpointError
 from vitdense.engine.states import States, clone
@@ -116,6 +117,23 @@ def test_a_torn_one_is_passed_over(how: str, tmp_path: Path) -> None:
         pytest.raises(CheckpointError, match="none of the 2 checkpoints is whole; put one back"),
     ):
         states.load()
+
+
+def test_a_wrong_bit_is_noticed_wherever_it_is(tmp_path: Path) -> None:
+    """Or it is where it means nothing, as in the time of a file within."""
+    path, written = tmp_path / "step_000005.pt", state(5, size=4) | {"names": ["a"]}
+    checkpoint.save_state(path, written)
+    whole, refused = path.read_bytes(), 0
+    for place in range(0, len(whole), 5):
+        wrong = bytearray(whole)
+        wrong[place] ^= 1 << place % 8
+        path.write_bytes(wrong)
+        try:
+            assert_same(checkpoint.load_state(path), written)
+        except CheckpointError as error:
+            assert str(error).startswith(f"{path}: is ")
+            refused += 1
+    assert refused > len(whole) / 5 / 3
 
 
 def test_what_is_no_state_is_passed_over(tmp_path: Path) -> None:

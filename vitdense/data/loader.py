@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from vitdense.data.base import DataError, Dataset, Policy
 from vitdense.data.collate import PackedBatch, collate
-from vitdense.data.workers import CAUSES, WorkerError, Workers, count, ignore_interrupts, iterate
+from vitdense.data.workers import CAUSES, WorkerError, Workers, count, heed_main_process, iterate
 from vitdense.structures import Batch, Sample
 
 log = logging.getLogger(__name__)
@@ -369,7 +369,7 @@ def _loader(read: Any, steps: Any, join: Any, workers: int, keep: bool = False) 
         batch_sampler=steps,
         collate_fn=join,
         num_workers=workers,
-        worker_init_fn=ignore_interrupts,
+        worker_init_fn=heed_main_process,
         persistent_workers=keep and workers > 0,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else making an iterator draws from the global state

@@ -17,6 +17,9 @@ from vitdense.data.base import DataError
 
 Workers = int | Literal["auto"]
 
+CHOOSY = hasattr(signal, "sigwaitinfo")
+"""Whether a process can learn who sent a signal: not on macOS and Windows."""
+
 DYING = 5.0
 """Seconds from the loss of a connection to the end of a process."""
 
@@ -69,7 +72,10 @@ def _start(loader: DataLoader) -> Iterator[Any]:
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
         return iter(loader)
     before = signal.getsignal(signal.SIGCHLD)
+    # a SIGTERM to all waits in those that start until they know whose it is
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if CHOOSY else ())
     iterator = iter(loader)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
     return iterator
 
@@ -83,17 +89,38 @@ def describe(worker: BaseProcess) -> str:
     return f"a process that reads images (pid {worker.pid}) {how}: {cause}"
 
 
-def ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches every process; the main one still wants batches to finish its step."""
+def heed_main_process(worker: int) -> None:
+    """In a worker: end by no signal that was sent to all processes, as launchers do and Ctrl-C.
+
+    The main one still wants batches to finish its step. Only its own SIGTERM counts: a thread waits
+    for that, because no handler of Python's knows who sent it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if CHOOSY:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told, daemon=True).start()
 
 
-def count(workers: Workers) -> int:
-    """Worker processes: with a GPU its share of the cores up to 8, else fewer than the model."""
+def _end_when_told() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+def count(workers: Workers, cores: int | None = None) -> int:
+    """Worker processes: with a GPU one for each core up to 8, else fewer than the model.
+
+    Args:
+        cores: that this process has for itself; by default all that it may run on.
+    """
     if workers != "auto":
         return workers
-    cores = os.cpu_count() or 1
+    cores = len(own_cores()) if cores is None else cores
+    return min(8, cores) if torch.cuda.is_available() else min(2, cores // 2)
+
+
+def own_cores() -> set[int]:
+    """The cores that this process may run on; other processes may too."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
-        cores = len(os.sched_getaffinity(0))
-    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(8, share) if torch.cuda.is_available() else min(2, share // 2)
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))

@@ -54,7 +54,7 @@ EFFECTS = {
     "output": NOTHING,
     "seed": "other random numbers and another order of the images from here on",
     "device": ROUNDING,
-    "images": "the training split has another number of them, in another order: some of this "
+    "images": "the training split has another number of them, in another order: some of "
     "this pass come again, or not at all",
     "processes": "another order of the images: some of this pass come again, or not at all; a step "
     "learns from another number of them",

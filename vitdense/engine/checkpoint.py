@@ -8,7 +8,9 @@ import os
 import pickle
 import re
 import shutil
+import struct
 import zipfile
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
@@ -134,6 +136,13 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
         torch.save(state, file)
 
 
+BROKEN = (
+    *(OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError),
+    *(struct.error, zlib.error, pickle.UnpicklingError),
+)
+"""What libraries raise for a file with a wrong byte, depending on where that is."""
+
+
 def load_state(path: Path) -> dict[str, Any]:
     """Read a training state, tensors on the CPU; runs no code from the file.
 
@@ -150,7 +159,7 @@ def load_state(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except zipfile.BadZipFile as error:
         raise CheckpointError(f"{path}: is torn, or no checkpoint of vitdense ({error})") from error
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except BROKEN as error:
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{path}: is no checkpoint of vitdense ({reason})") from error
 
@@ -162,12 +171,15 @@ def save_model(path: Path, model: nn.Module, meta: Meta) -> None:
 
 def save_weights(path: Path, weights: dict[str, Tensor], meta: Meta) -> None:
     """The same from a `state_dict`; raises CheckpointError if it cannot be written."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     fields = {name: value for name, value in asdict(meta).items() if name != "config"}
     metadata = {"format": "pt", "config": meta.config, FORMAT: json.dumps(fields)}
-    tensors = _separate(weights)
+    save_tensors(path, _separate(weights), metadata)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file atomically; raises CheckpointError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
     def write(partial: Path) -> None:
         try:

@@ -154,8 +154,6 @@ def hidden_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 def save_batch(path: Path, batch: Batch) -> None:
     """Write a batch: `images`, `targets.0.boxes` and so on, and the rest as metadata."""
-    from safetensors.torch import save_file
-
     tensors = {"images": batch.images}
     for index, target in enumerate(batch.targets):
         for name in (field.name for field in fields(Target)):
@@ -167,8 +165,7 @@ def save_batch(path: Path, batch: Batch) -> None:
         "paths": [str(path) for path in batch.paths],
     }
     own = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
-    metadata = {"batch": json.dumps(rest)}
-    checkpoint.write_atomic(path, lambda partial: save_file(own, partial, metadata))
+    checkpoint.save_tensors(path, own, {"batch": json.dumps(rest)})
 
 
 def load_batch(path: Path) -> Batch:

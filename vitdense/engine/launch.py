@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -47,6 +47,19 @@ def read_launch(env: Mapping[str, str]) -> Launch:
             ranks = _number(env, "SLURM_PROCID"), _number(env, "SLURM_LOCALID")
             return Launch(*ranks, world_size, _meeting(env))
     return Launch()
+
+
+def share_of_cores(rank: int, everyone: Sequence[tuple[str, set[int]]]) -> int:
+    """Cores that a process has for itself: its own, divided by those that run on them too.
+
+    Launchers may or may not bind each process to cores of its own, so all have to be asked.
+
+    Args:
+        everyone: of each process by rank, its machine and the cores that it may run on.
+    """
+    host, cores = everyone[rank]
+    rivals = [it for it, theirs in everyone if it == host and not cores.isdisjoint(theirs)]
+    return max(1, len(cores) // len(rivals))
 
 
 def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:

@@ -1,12 +1,14 @@
 """Checkpoints in a folder: every process writes its part, any number of processes reads them.
 
-`state.pt` holds numbers and names, the other files are torch.distributed.checkpoint's. Its
-`.metadata` is a pickle; of that only descriptions of tensors are read, so a folder runs no code.
+`state.pt` holds numbers, names and the sums of the other files, which are those of
+torch.distributed.checkpoint. Its `.metadata` is a pickle; of that only descriptions of tensors are
+read, so a folder runs no code.
 """
 
 from __future__ import annotations
 
 import enum
+import hashlib
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,7 +25,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vitdense.engine import checkpoint
-from vitdense.engine.checkpoint import CheckpointError
+from vitdense.engine.checkpoint import BROKEN, CheckpointError
 
 State = dict[str, Any]
 Keys = tuple[str, ...]
@@ -33,6 +35,8 @@ PARTS = ("model", "ema", "optimizer")
 
 REST = "state.pt"
 """The file of all else."""
+
+METADATA, SUMS = ".metadata", "sums"
 
 Like = Callable[[Keys, torch.Size], Tensor | None]
 """The tensor in whose parts the one with these keys and of this size is wanted; None = whole."""
@@ -50,7 +54,8 @@ def write(path: Path, state: State, group: dist.ProcessGroup) -> None:
     Raises:
         OSError: one of them cannot write.
     """
-    is_main = dist.get_rank(group) == 0
+    rank = dist.get_rank(group)
+    is_main = rank == 0
     tensors = {
         "/".join(keys): tensor
         for keys, tensor in _tensors(state)
@@ -61,8 +66,12 @@ def write(path: Path, state: State, group: dist.ProcessGroup) -> None:
     except CheckpointException as error:  # no Exception to Python
         cause, _ = next(iter(error.failures.values()))
         raise cause if isinstance(cause, OSError) else OSError(str(cause)) from error
+    mine = [*path.glob(f"__{rank}_*"), *([path / METADATA] if is_main else [])]
+    sums: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(sums, {file.name: _sum(file) for file in mine}, group)
     if is_main:
-        checkpoint.write_state(path / REST, _without_tensors(state))
+        everyone = {name: it for those in sums for name, it in those.items()}
+        checkpoint.write_state(path / REST, _without_tensors(state) | {SUMS: everyone})
 
 
 def read(path: Path, like: Like = whole, wanted: tuple[str, ...] = PARTS) -> State:
@@ -77,6 +86,9 @@ def read(path: Path, like: Like = whole, wanted: tuple[str, ...] = PARTS) -> Sta
     state = checkpoint.load_state(path / REST)
     reader = _Reader(path)
     try:
+        for name, known in state.pop(SUMS, {}).items():  # torch itself does not look
+            if _sum(path / name) != known:
+                raise CheckpointError(f"{path}: is torn: {name} in it is not what was written")
         found = reader.read_metadata().state_dict_metadata
         tensors = {
             key: _empty(tuple(key.split("/")), entry, like)
@@ -86,7 +98,7 @@ def read(path: Path, like: Like = whole, wanted: tuple[str, ...] = PARTS) -> Sta
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it says that a process reads alone
             dcp.load(tensors, storage_reader=reader, no_dist=True)
-    except (CheckpointException, OSError, RuntimeError, ValueError, *BROKEN) as error:
+    except (CheckpointException, *BROKEN) as error:
         why = str(error).strip().rpartition("\n")[2]
         raise CheckpointError(f"{path}: is torn, or no checkpoint of vitdense ({why})") from error
     for key, tensor in tensors.items():
@@ -98,8 +110,9 @@ def read(path: Path, like: Like = whole, wanted: tuple[str, ...] = PARTS) -> Sta
     return state
 
 
-BROKEN = (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError)
-"""What pickle raises for a file that is cut off."""
+def _sum(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "blake2b").hexdigest()
 
 
 def split(state: State, like: Like) -> State:
@@ -153,7 +166,7 @@ class _Reader(dcp.FileSystemReader):
     """torch's, but that its pickle can only make descriptions."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
+        with (Path(self.path) / METADATA).open("rb") as file:
             metadata: Metadata = _Descriptions(file).load()
         return metadata
 

@@ -13,6 +13,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from vitdense.engine.checkpoint import CheckpointError
+from vitdense.engine.stopping import Stopped
+
 TIMEOUT = timedelta(minutes=10)
 """How long processes wait for each other: while the main one writes and draws, they do nothing."""
 
@@ -48,12 +51,22 @@ def attended() -> Iterator[None]:
     try:
         yield
         dist.barrier()
+    except Stopped as told:
+        peers.leave(told)
+        raise
     except Exception as error:
-        of_torch = type(error) is RuntimeError or isinstance(error, dist.DistError)
-        if of_torch and BROKEN.search(str(error)):
+        if is_broken(error):
             raise LostProcess(peers.explain(error)) from error
         peers.leave(error)
         raise
+
+
+def is_broken(error: BaseException | None) -> bool:
+    """Whether it comes from torch's talking; where all write a checkpoint, that is its cause."""
+    while isinstance(error, CheckpointError):
+        error = error.__cause__
+    of_torch = type(error) is RuntimeError or isinstance(error, dist.DistError)
+    return of_torch and bool(BROKEN.search(str(error)))
 
 
 class Peers:

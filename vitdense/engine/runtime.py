@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import platform
 import random
 import sys
 from collections.abc import Callable
@@ -16,7 +17,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from vitdense.engine.launch import read_launch
+from vitdense.data.workers import own_cores
+from vitdense.engine.launch import read_launch, share_of_cores
 from vitdense.engine.peers import TIMEOUT, FailedProcess
 
 M = TypeVar("M", bound=nn.Module)
@@ -24,11 +26,16 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """This process among those of the run; one process alone is rank 0 of 1."""
+    """This process among those of the run; one process alone is rank 0 of 1.
+
+    Attributes:
+        cores: that it has for itself, if others may run on the same; None = all that it may use.
+    """
 
     device: torch.device
     rank: int = 0
     world_size: int = 1
+    cores: int | None = None
 
     @property
     def is_main(self) -> bool:
@@ -134,7 +141,9 @@ def start(device: str = "auto") -> Runtime:
             rank=launch.rank,
         )
         atexit.register(dist.destroy_process_group)  # else a process that is left alone aborts
-    return Runtime(chosen, dist.get_rank(), dist.get_world_size())
+    found = Runtime(chosen, dist.get_rank(), dist.get_world_size())
+    everyone = found.gather((platform.node(), own_cores()))
+    return replace(found, cores=share_of_cores(found.rank, everyone))
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from vitdense.engine import parts
 from vitdense.engine.checkpoint import PARTIAL, CheckpointError
+from vitdense.engine.peers import TIMEOUT
 from vitdense.engine.states import State, States
 
 
@@ -90,7 +91,7 @@ class ShardedStates(States):
         super().__init__(folder, keep)
         self.parameters = dict(model.named_parameters())
         # its own, because a thread writes while training goes on talking
-        self.group: Any = dist.new_group(backend="gloo")
+        self.group: Any = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
     def write(self, path: Path, state: State) -> None:
         """Write this process's part; raises OSError if one of the processes cannot."""

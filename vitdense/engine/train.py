@@ -44,7 +44,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
         LostProcess: another process has ended, or hangs.
         Stopped: after Ctrl-C or SIGTERM, when the state is saved.
     """
-    place = runtime.start(config.device)
+    place, asked = runtime.start(config.device), config
     config = batch_size.kept(config) if resume else config
     finished = folder.prepare(config, resume, place)
     if finished is not None:
@@ -56,7 +56,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
             if place.agree(bool(run.states.entries)):
                 run.restore()
             summary.tell(run)
-        with closing(observe(run)) as run.observers, run.states:
+        with closing(observe(run, batch_size.note(asked))) as run.observers, run.states:
             with faults.kept(run):
                 loop(run, stop)
             results = run.finish() if run.done else None
@@ -90,7 +90,7 @@ def loop(run: Run, stop: StopSignal) -> None:
         if run.evaluation_due() and not stopped:
             with run.clock.paused():
                 run.save()
-                with evaluating(run, stop):
+                with stop.at_once():  # it comes again
                     run.evaluate()
                 run.save()
             ends = run.done
@@ -139,11 +139,6 @@ def step(run: Run, batches: Iterator[Batch]) -> None:
         run.ema.update(run.model)
 
 
-def evaluating(run: Run, stop: StopSignal) -> AbstractContextManager[Any]:
-    """One process alone need not end an evaluation that it is told to stop in: it comes again."""
-    return stop.at_once() if run.runtime.world_size == 1 else nullcontext()
-
-
 def synchronizing(run: Run, last: bool) -> AbstractContextManager[Any]:
     """Processes average their gradients in the last backward pass of a step only."""
     if isinstance(run.net, DistributedDataParallel) and not last:
@@ -151,10 +146,10 @@ def synchronizing(run: Run, last: bool) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def observe(run: Run) -> Observers:
-    """Write the resolved config, and let the main process watch the run."""
+def observe(run: Run, note: str = "") -> Observers:
+    """Write the resolved config with a note, and let the main process watch the run."""
     if not run.runtime.is_main:
         return Observers([])
     (run.folder / "results.json").unlink(missing_ok=True)  # of a run that now gets longer
-    checkpoint.write_text(run.folder / "config.yaml", configs.dump(run.config))
+    checkpoint.write_text(run.folder / "config.yaml", note + configs.dump(run.config))
     return choose(run.config, run.step, run.progress.fraction, run.headline.name, run.evaluated[0])
