@@ -183,7 +183,9 @@ def plot(contest: Contest, results: list[dict[str, Any]], path: Path) -> None:
 
     number = contest.numbers[0]
     names = sorted({r["data"] for r in results})
-    figure, axes = pyplot.subplots(1, len(names), figsize=(6 * len(names), 4), squeeze=False)
+    figure, axes = pyplot.subplots(
+        1, len(names), figsize=(6 * len(names) + 2, 4), squeeze=False, layout="constrained"
+    )
     for axis, data in zip(axes[0], names, strict=True):
         for index, model in enumerate([*contest.ours, *contest.peers]):
             points = sorted(
@@ -197,8 +199,8 @@ def plot(contest: Contest, results: list[dict[str, Any]], path: Path) -> None:
         axis.set(title=data, xlabel="minutes of training, one thread", ylabel=number)
         axis.set_ylim(0, None)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.tight_layout()
+    lines = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
+    figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=110)
 
 

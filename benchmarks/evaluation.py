@@ -5,7 +5,7 @@
     python -m benchmarks.evaluation panoptic --images 100
     python -m benchmarks.evaluation semantic --images 100
     python -m benchmarks.evaluation growth --images 1000 5000 20000 50000
-    python -m benchmarks.evaluation loop configs/demo/detection.yaml
+    python -m benchmarks.evaluation loop configs/demo/detection.yaml runs/mine/model.safetensors
 
 One process with one thread; programs take turns, and the median of the rounds counts. Data are
 generated like COCO's validation split (`benchmarks/coco_like.py`), and all programs must give the
@@ -200,7 +200,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     kinds = ("boxes", "masks", "panoptic", "semantic", "growth", "loop")
     parser.add_argument("kind", choices=kinds)
-    parser.add_argument("configs", nargs="*", help="loop: whose models are profiled")
+    parser.add_argument(
+        "sources", nargs="*", help="loop: configs or trained models that are profiled"
+    )
     parser.add_argument("--images", type=int, nargs="+", default=[200])
     parser.add_argument("--rounds", type=int, default=3)
     everyone = ["device", "hotcoco", "faster-coco-eval", "pycocotools"]
@@ -210,7 +212,7 @@ def main() -> None:
     torch.set_num_threads(1)
     first, rounds = options.images[0], options.rounds
     if options.kind == "loop":
-        rows = evaluation_loop.shares(options.configs, first)
+        rows = evaluation_loop.shares(options.sources, first)
     elif options.kind == "growth":
         rows = growth(options.images, rounds)
     elif options.kind in ("boxes", "masks"):

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from vitdense.config import load
+from vitdense.config import load, loads
 from vitdense.data.loader import evaluation_loader
+from vitdense.engine.allocator import keep_memory
 from vitdense.engine.build import build_data, build_metric, build_model
+from vitdense.engine.checkpoint import load_weights, read_meta
 from vitdense.engine.evaluate import evaluate
 from vitdense.structures import Batch
 
@@ -21,20 +23,28 @@ PARTS = ("loader", "forward", "predict", "update", "compute")
 SIZE = 8
 
 
-def shares(configs: list[str], images: int) -> dict[str, dict[str, float]]:
-    """Of each config's model with random weights, parts of the time of `engine.evaluate` in 0..1.
+def shares(sources: list[str], images: int) -> dict[str, dict[str, float]]:
+    """Parts of the time of `engine.evaluate` in 0..1, for configs and trained models.
 
-    Such a model gives the most detections that it can, and masks of noise, which is the most work
-    for the metric. The loader works in this process, so that its work is seen; in training it has
-    its own. The profiler itself costs time with each small operation, so the clock tells more.
+    A config's model has random weights: it gives the most detections that it can, and masks of
+    noise, which is the most work for the metric. A trained one is a `model.safetensors`. The
+    loader works in this process, so that its work is seen; in training it has its own. Freed
+    memory stays with the process, as in training. The profiler itself costs time with each small
+    operation, so the clock tells more.
     """
-    return {config: _shares(config, images) for config in configs}
+    keep_memory(torch.device("cpu"))
+    return {source: _shares(source, images) for source in sources}
 
 
-def _shares(path: str, images: int) -> dict[str, float]:
-    config = load(path, ["data.workers=0"])
+def _shares(source: str, images: int) -> dict[str, float]:
+    trained, overrides = source.endswith(".safetensors"), ["data.workers=0"]
+    config = (
+        loads(read_meta(source).config, source, overrides) if trained else load(source, overrides)
+    )
     data = build_data(config)
     model = build_model(config, data)
+    if trained:
+        load_weights(source, model)
     metric = build_metric(config, model.task, list(data.val.classes), data.val.things)
     batches = evaluation_loader(data.val, data.policy, SIZE, model.divisor, workers=0)
     count, device = min(images, len(data.val)) // SIZE, torch.device("cpu")
