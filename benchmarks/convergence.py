@@ -197,7 +197,7 @@ def plot(contest: Contest, results: list[dict[str, Any]], path: Path) -> None:
                 style = "o-" if model in contest.ours else "s--"
                 axis.plot(*zip(*points, strict=True), style, color=f"C{index}", label=model)
         axis.set(title=data, xlabel="minutes of training, one thread", ylabel=number)
-        axis.set_ylim(0, None)
+        axis.set_ylim(0, 1.05 * axis.dataLim.y1)
         axis.grid(alpha=0.3)
     lines = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
     figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize=8)
