@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -107,23 +108,9 @@ def score(args: argparse.Namespace) -> None:
     """score predictions in files that any program wrote"""
     from vitdense.inference.score import score
 
-    score(
-        args.kind,
-        args.truth,
-        args.predictions,
-        backend=args.backend,
-        max_detections=args.max_detections,
-        iou_type=args.iou_type,
-        split=args.split,
-        iou=args.iou,
-        points=11 if args.points == "11" else "all",
-        classes=args.classes,
-        first_label=args.first_label,
-        ignore=args.ignore,
-        binary=args.binary,
-        absent=args.absent,
-        json_path=args.json,
-    )
+    always = ("run", "parser", "kind", "truth", "predictions", "json")
+    options = {name: value for name, value in vars(args).items() if name not in always}
+    score(args.kind, args.truth, args.predictions, json_path=args.json, **options)
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -174,14 +161,13 @@ class Parser(argparse.ArgumentParser):
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Arguments of a command; `key=value` may stand before and after its options."""
-    parser = build_parser()
-    args, extra = parser.parse_known_args(argv)
+    args, extra = build_parser().parse_known_args(argv)
     stray = [word for word in extra if word.startswith("-") or "overrides" not in args]
     if stray:
         from vitdense.registry import suggest
 
-        hint = suggest(stray[0], [f"--{name.replace('_', '-')}" for name in vars(args)])
-        parser.error(f"unknown argument {stray[0]!r}.{hint}")
+        hint = suggest(stray[0], re.findall(r"--[a-z-]+", args.parser.format_usage()))
+        args.parser.error(f"unknown argument {stray[0]!r}.{hint}")
     if extra:
         args.overrides = [*args.overrides, *extra]
     return args
@@ -204,7 +190,7 @@ def build_parser() -> Parser:
         ("show", show, _show_arguments),
     ):
         command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, parser=command)
         add_arguments(command)
     return parser
 
@@ -262,30 +248,33 @@ def _score_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--truth", type=Path, required=True, metavar="T", help=text)
     text = "result file of COCO, or folder of label maps (semantic) or of VOC's detection files"
     command.add_argument("--predictions", type=Path, required=True, metavar="P", help=text)
-    backends = ("auto", "device", "pycocotools", "hotcoco", "faster-coco-eval")
-    text = "who computes boxes and masks; all give the same (default %(default)s)"
-    command.add_argument("--backend", choices=backends, default="auto", help=text)
-    text = "best detections of an image and class that count (100), for lvis of an image (300)"
-    command.add_argument("--max-detections", type=int, metavar="N", help=text)
-    text = "lvis: what is compared; by default masks if the predictions have them"
-    command.add_argument("--iou-type", choices=("bbox", "segm"), help=text)
-    text = "voc: the list of images in ImageSets/Main (default val)"
-    command.add_argument("--split", help=text)
-    text = "voc: overlap from which a detection is right (default %(default)s)"
-    command.add_argument("--iou", type=float, default=0.5, help=text)
-    text = "voc: average precision at 11 recalls, as until VOC2009, or at all (default)"
-    command.add_argument("--points", choices=("11", "all"), default="all", help=text)
-    text = "class names of label maps and VOC; by default classes.json or .txt beside them or above"
-    command.add_argument("--classes", type=Path, metavar="FILE", help=text)
-    text = "label of the first class where that file tells no labels; 1 = 0 is ignored (default 1)"
-    command.add_argument("--first-label", type=int, choices=(0, 1), default=1, help=text)
-    text = "labels of the true maps that count nowhere, beside 255, and 0 if it is no class"
-    command.add_argument("--ignore", type=int, nargs="+", default=[], metavar="LABEL", help=text)
-    text = "the maps are masks: above 0, in .jpg and .webp above 127, is the second class"
-    command.add_argument("--binary", action="store_true", help=text)
-    text = "classes of label maps without pixels: leave out, or count as 0 (default %(default)s)"
-    command.add_argument("--absent", choices=("skip", "zero"), default="skip", help=text)
     command.add_argument("--json", type=Path, metavar="OUT", help="write the numbers to this file")
+    group = command.add_argument_group("options of a kind")
+    option = partial(group.add_argument, default=argparse.SUPPRESS)
+    backends = ("auto", "device", "pycocotools", "hotcoco", "faster-coco-eval")
+    text = "bbox, segm: who computes; all give the same (default auto)"
+    option("--backend", choices=backends, help=text)
+    text = "best detections of an image and class that count (100), for lvis of an image (300)"
+    option("--max-detections", type=int, metavar="N", help=text)
+    text = "lvis: what is compared; by default masks if the predictions have them"
+    option("--iou-type", choices=("bbox", "segm"), help=text)
+    option("--split", help="voc: the list of images in ImageSets/Main (default val)")
+    text = "voc: overlap from which a detection is right (default 0.5)"
+    option("--iou", type=float, help=text)
+    text = "voc: average precision at 11 recalls, as until VOC2009, or at all (default)"
+    option("--points", type=lambda it: 11 if it == "11" else it, choices=(11, "all"), help=text)
+    text = "semantic, voc: class names; by default classes.json or .txt beside the truth or above"
+    option("--classes", type=Path, metavar="FILE", help=text)
+    text = "semantic: label of the first class where that file tells no labels; 1 = 0 is ignored "
+    option("--first-label", type=int, choices=(0, 1), help=text + "(default 1)")
+    text = (
+        "semantic: labels of the true maps that count nowhere, beside 255, and 0 if it is no class"
+    )
+    option("--ignore", type=int, nargs="+", metavar="LABEL", help=text)
+    text = "semantic: the maps are masks: above 0, in .jpg and .webp above 127, is the second class"
+    option("--binary", action="store_true", help=text)
+    text = "semantic: classes without pixels: leave out, or count as 0 (default skip)"
+    option("--absent", choices=("skip", "zero"), help=text)
 
 
 def _convert_arguments(command: argparse.ArgumentParser) -> None:

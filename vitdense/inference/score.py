@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,103 +30,52 @@ Kind = Literal["bbox", "segm", "panoptic", "semantic", "voc", "lvis"]
 
 
 def score(
-    kind: Kind,
-    truth: Path,
-    predictions: Path,
-    *,
-    backend: Backend = "auto",
-    max_detections: int | None = None,
-    iou_type: Literal["bbox", "segm"] | None = None,
-    split: str | None = None,
-    iou: float = 0.5,
-    points: Literal[11, "all"] = "all",
-    classes: Path | None = None,
-    first_label: Literal[0, 1] = 1,
-    ignore: Sequence[int] = (),
-    binary: bool = False,
-    absent: Literal["skip", "zero"] = "skip",
-    json_path: Path | None = None,
+    kind: Kind, truth: Path, predictions: Path, *, json_path: Path | None = None, **options: Any
 ) -> dict[str, float]:
     """Score files, print a table, and write the numbers as `results.json` has them.
 
     Args:
         kind: bbox, segm: COCO's JSON files; panoptic: COCO's JSON files, each beside its folder of
-            maps; semantic: folders of label maps; voc: see `voc_files.score_files`; lvis: LVIS's
-            annotations beside results of COCO's format.
+            maps; semantic: folders of label maps; voc: VOC's annotations and detection files; lvis:
+            LVIS's annotations beside results of COCO's format.
         truth, predictions: what is compared.
-        backend: for bbox and segm, who computes.
-        max_detections: for bbox and segm, best detections of an image and class that count, 100;
-            for lvis those of an image, 300.
-        iou_type: for lvis, what is compared; by default masks if the predictions have them.
-        split: for voc, which images.
-        iou: for voc, the overlap from which a detection is right.
-        points: for voc, recalls that are averaged.
-        classes: for semantic and voc, the file of class names; by default one beside the folder
-            or above, and VOC's own.
-        first_label: for semantic, label of the first class, if the file of classes tells no labels.
-        ignore: for semantic, labels of the truth that count nowhere, beside 0 and 255 where they
-            are no class.
-        binary: for semantic, the maps are masks, as those of the data set `folders`.
-        absent: for semantic, whether classes without pixels are left out or count as 0.
         json_path: file for the numbers.
+        options: of that kind, as its function in `SCORERS` takes them.
 
     Raises:
         DataError: files are missing or wrong.
-        ValueError: the backend is not installed, a label below 0, or an option of another kind.
+        ValueError: an option has no such value, or is of another kind.
     """
-    _check_options(kind, {**locals(), "ignore": tuple(ignore)})
-    if kind == "panoptic":
-        numbers = panoptic_files.score_files(truth, predictions)
-    elif kind == "semantic":
-        maps = LabelMaps.find(truth, classes, first_label, ignore, binary)
-        numbers = score_label_maps(truth, predictions, maps, absent)
-    elif kind == "voc":
-        options = {"split": split, "classes": classes, "iou": iou, "points": points}
-        numbers = voc_files.score_files(truth, predictions, **options)  # type: ignore[arg-type]
-    elif kind == "lvis":
-        limit = 300 if max_detections is None else max_detections
-        numbers = lvis_files.score_files(truth, predictions, iou_type, limit)
-    else:
-        limit = 100 if max_detections is None else max_detections
-        numbers = score_detections(kind, truth, predictions, backend, limit)
+    for name in options:
+        kinds = [each for each in SCORERS if name in signature(SCORERS[each]).parameters]
+        if kind not in kinds:
+            known = ", ".join(kinds)
+            raise ValueError(f"{name}: is for --kind {known}, not for {kind}; leave it out")
+    numbers = SCORERS[kind](truth, predictions, **options)
     print(table(numbers))
     if json_path is not None:
         checkpoint.write_text(json_path, to_json(numbers))
     return numbers
 
 
-OPTIONS: dict[str, tuple[Any, tuple[Kind, ...]]] = {
-    "backend": ("auto", ("bbox", "segm")),
-    "max_detections": (None, ("bbox", "segm", "lvis")),
-    "iou_type": (None, ("lvis",)),
-    "split": (None, ("voc",)),
-    "iou": (0.5, ("voc",)),
-    "points": ("all", ("voc",)),
-    "classes": (None, ("semantic", "voc")),
-    "first_label": (1, ("semantic",)),
-    "ignore": ((), ("semantic",)),
-    "binary": (False, ("semantic",)),
-    "absent": ("skip", ("semantic",)),
-}
-"""Of each option its default, and the kinds that take it."""
-
-
-def _check_options(kind: Kind, given: dict[str, Any]) -> None:
-    """An option that would do nothing is a mistake of whoever gives it."""
-    for name, (default, kinds) in OPTIONS.items():
-        if kind not in kinds and given[name] != default:
-            known = ", ".join(kinds)
-            raise ValueError(f"{name}: is for --kind {known}, not for {kind}; leave it out")
-
-
 def score_detections(
     kind: Literal["bbox", "segm"],
     truth_path: Path,
     results_path: Path,
+    *,
     backend: Backend = "auto",
     max_detections: int = 100,
 ) -> dict[str, float]:
-    """The numbers of the `coco` metric, with boxes and areas as the files have them."""
+    """The numbers of the `coco` metric, with boxes and areas as the files have them.
+
+    Args:
+        backend: who computes.
+        max_detections: best detections of an image and class that count.
+
+    Raises:
+        DataError: files are missing or wrong.
+        ValueError: the backend is not installed, or the detections are too few.
+    """
     if max_detections <= 10:
         raise ValueError("max_detections: must be above 10, beside which AR1 and AR10 stand")
     truth = coco_files.read_truth(truth_path, kind)
@@ -152,21 +103,20 @@ class LabelMaps:
 
     @classmethod
     def find(
-        cls,
-        truth: Path,
-        classes: Path | None = None,
-        first_label: Literal[0, 1] = 1,
-        ignore: Sequence[int] = (),
-        binary: bool = False,
+        cls, truth: Path, classes: Path | None, first: Literal[0, 1], ignore: Sequence[int]
     ) -> LabelMaps:
-        """By a file of class names, which wins over `first_label`; arguments as of `score`."""
+        """By a file of class names, which wins over the label of the first class."""
         path = classes or _find_classes(truth)
-        if binary:
-            return cls(binary_names(path), None, [], path)
         if min(ignore, default=0) < 0:
             raise ValueError(f"ignore: {min(ignore)} is no label; labels begin with 0")
-        labelled = labelled_classes(path, first_label)
+        labelled = labelled_classes(path, first)
         return cls(list(labelled.values()), list(labelled), list(ignore), path)
+
+    @classmethod
+    def of_masks(cls, truth: Path, classes: Path | None) -> LabelMaps:
+        """Masks of two classes."""
+        path = classes or _find_classes(truth)
+        return cls(binary_names(path), None, [], path)
 
     def read(self, path: Path, truth: bool) -> Tensor:
         """Classes uint8 [H, W] of a file, in truth also IGNORE."""
@@ -189,9 +139,32 @@ class LabelMaps:
 
 
 def score_label_maps(
-    truth: Path, predictions: Path, maps: LabelMaps, absent: Literal["skip", "zero"] = "skip"
+    truth: Path,
+    predictions: Path,
+    *,
+    classes: Path | None = None,
+    first_label: Literal[0, 1] = 1,
+    ignore: Sequence[int] = (),
+    binary: bool = False,
+    absent: Literal["skip", "zero"] = "skip",
 ) -> dict[str, float]:
-    """The numbers of the `miou` metric for two folders of label maps of the same names."""
+    """The numbers of the `miou` metric for two folders of label maps of the same names.
+
+    Args:
+        classes: the file of class names; by default one beside the folder or above.
+        first_label: label of the first class, if the file of classes tells no labels.
+        ignore: labels of the truth that count nowhere, beside 0 and 255 where they are no class.
+        binary: the maps are masks, as those of the data set `folders`.
+        absent: whether classes without pixels are left out or count as 0.
+
+    Raises:
+        DataError: files are missing or wrong.
+        ValueError: a label is below 0.
+    """
+    if binary:
+        maps = LabelMaps.of_masks(truth, classes)
+    else:
+        maps = LabelMaps.find(truth, classes, first_label, ignore)
     names = list_images(truth)
     if not names:
         raise DataError(f"{truth}: no label maps in this folder")
@@ -224,3 +197,14 @@ def _find_classes(folder: Path) -> Path:
     raise DataError(
         f"{folder}: no file of class names ({', '.join(NAMES)}) there or above; give --classes FILE"
     )
+
+
+SCORERS: dict[Kind, Callable[..., dict[str, float]]] = {
+    "bbox": partial(score_detections, "bbox"),
+    "segm": partial(score_detections, "segm"),
+    "panoptic": panoptic_files.score_files,
+    "semantic": score_label_maps,
+    "voc": voc_files.score_files,
+    "lvis": lvis_files.score_files,
+}
+"""What takes the files of each kind: truth, predictions, and its options by name."""

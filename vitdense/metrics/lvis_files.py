@@ -19,6 +19,7 @@ from vitdense.metrics.matching import Rules, match
 def score_files(
     truth_path: Path,
     results_path: Path,
+    *,
     iou_type: Literal["bbox", "segm"] | None = None,
     max_detections: int = 300,
 ) -> dict[str, float]:
