@@ -6,9 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from vitdense.config import Config, loads
+from vitdense.engine import train as train_module
+from vitdense.engine.run import Run
 
 Make = Callable[..., Config]
 
@@ -40,6 +43,21 @@ def small_config(root: Path, output: Path, overrides: tuple[str, ...], text: str
     """A template above, its data set `shapes` in `root`, its run in `output`."""
     text = text.replace("ROOT", str(root)).replace("OUT", str(output))
     return loads(text, "test.yaml", overrides)
+
+
+def train_until_killed(config: Config, step: int, patch: pytest.MonkeyPatch) -> None:
+    """Train, and die in the step after `step` ones."""
+    original = train_module.step
+
+    def dying(run: Run, batches: Any) -> None:
+        if run.step == step:
+            raise MemoryError
+        original(run, batches)
+
+    with patch.context() as patched:
+        patched.setattr(train_module, "step", dying)
+        with pytest.raises(MemoryError):
+            train_module.train(config)
 
 
 def assert_same(ours: Any, theirs: Any, where: str = "state") -> None:

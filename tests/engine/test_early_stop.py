@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.small import Make
+from tests.engine.small import Make, train_until_killed
 from vitdense.engine import run as run_module
 from vitdense.engine import train as train_module
 from vitdense.engine.best import Best
@@ -79,17 +79,8 @@ def test_the_count_goes_on_after_a_resumption(
     make: Make, scores: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The process dies in step 6, when one evaluation of two was no better."""
-    config, original = make(), train_module.step
-
-    def step(run: Run, batches: Any) -> None:
-        if run.step == 5:
-            raise MemoryError
-        original(run, batches)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module, "step", step)
-        with pytest.raises(MemoryError):
-            train(config)
+    config = make()
+    train_until_killed(config, 5, monkeypatch)
     results = train(config, resume=True)
     assert (results["step"], results["steps"], results["stopped_early"]) == (5, 6, True)
     whole = train(make(out="whole"))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.small import SEGMENTATION, VIT, Make, assert_same
+from tests.engine.small import SEGMENTATION, VIT, Make, assert_same, train_until_killed
 from vitdense.config import Config, ConfigError, dump, load
 from vitdense.engine import build, checkpoint, runtime, stopping
 from vitdense.engine import run as run_module
@@ -129,17 +129,7 @@ def test_a_lost_process_goes_on_from_its_last_checkpoint(
     whole = make(*options, out="whole")
     train(whole)
     killed = make(*options, out="killed")
-    original = train_module.step
-
-    def step(run: Any, batches: Any) -> None:
-        if run.step == 5:
-            raise MemoryError
-        original(run, batches)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module, "step", step)
-        with pytest.raises(MemoryError):
-            train(killed)
+    train_until_killed(killed, 5, monkeypatch)
     assert state(killed)["step"] == 4
     train(killed, resume=True)
     assert_same(state(killed)["model"], state(whole)["model"])
