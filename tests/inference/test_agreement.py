@@ -96,7 +96,10 @@ def moved(result: dict[str, Any], number: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("task", ["detection", "instance", "semantic", "panoptic"])
 def test_all_ways_agree(task: str, tmp_path: Path) -> None:
-    """The same run twice: the first to have predictions, the second on the truth made of them."""
+    """The same run twice: the first to have predictions, the second on the truth made of them.
+
+    `predict` gets the batches of the evaluation: in others, a score may round differently.
+    """
     data = make_shapes(tmp_path / "data", 30, 64, 0)
     model, images = "model.safetensors", [data / "images/val"]
     train(config_of(task, tmp_path / "data", tmp_path / "first"))
@@ -105,7 +108,7 @@ def test_all_ways_agree(task: str, tmp_path: Path) -> None:
 
     results = train(config_of(task, tmp_path / "data", tmp_path / "second"))
     evaluated = evaluate(tmp_path / "second" / model)
-    predict(tmp_path / "second" / model, images, tmp_path / "again", threshold=1.0)
+    predict(tmp_path / "second" / model, images, tmp_path / "again", 1.0, batch_size=2)
     found = {"semantic": "labels", "panoptic": "panoptic.json"}.get(task, "predictions.json")
     kinds = {"detection": "bbox", "instance": "segm"}
     options: dict[str, Any] = {"first_label": 0} if task == "semantic" else {}
