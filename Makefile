@@ -17,7 +17,7 @@ demo: $(READY)
 	$(BIN)/python tools/predict.py runs/demo/segmentation/model.safetensors data/shapes/*/images/val --out runs/demo/segmentation/predictions
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
