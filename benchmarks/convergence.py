@@ -51,6 +51,11 @@ CONTESTS = {
                 "options: {depth: 6}}",
                 PYRAMID,
             ],
+            "ours, plain ViT-Ti, convolutional stem": [
+                "model.backbone={name: timm, model: vit_tiny_r_s16_p8_224, img_size: 320, "
+                "options: {depth: 6, patch_size: 4}}",
+                PYRAMID,
+            ],
             "ours, plain XCiT-N": [
                 "model.backbone={name: timm, model: xcit_nano_12_p16_224}",
                 PYRAMID,

@@ -45,16 +45,14 @@ def boxes(data: list[coco_like.Image], backend: Backend) -> Run:
         for predictions, batch in coco_like.batches(data):
             metric.update(predictions, batch)
         if backend != "device":
-            return _finish(metric, backend, start, 0.0)
+            return _finish(metric, backend, start)
         numbers = metric.compute()
         return {"own": time.process_time() - start}, [numbers[name] for name in TOTALS]
 
     return run
 
 
-def _finish(
-    metric: CocoMetric, backend: Backend, start: float, spent: float
-) -> tuple[Seconds, list[float]]:
+def _finish(metric: CocoMetric, backend: Backend, start: float) -> tuple[Seconds, list[float]]:
     """From the objects that a metric holds through another program to the 12 numbers."""
     objects = metric.held()
     kind = metric.iou_type
@@ -67,7 +65,7 @@ def _finish(
         evaluation.accumulate()
         evaluation.summarize()
     end = time.process_time()
-    seconds = {"own": end - indexed + spent, "conversion": indexed - start}
+    seconds = {"own": end - indexed, "conversion": indexed - start}
     return seconds, [float(number) for number in evaluation.stats[:12]]
 
 
@@ -90,7 +88,7 @@ def masks(data: list[coco_like.Image], backend: Backend) -> Run:
         start = time.process_time()
         if backend != "device":
             # The run lengths of the metric stand in for those that were encoded just so.
-            seconds, numbers = _finish(metric, backend, start, 0.0)
+            seconds, numbers = _finish(metric, backend, start)
             return {"encoding": encoding, **seconds}, numbers
         numbers = metric.compute()
         end = time.process_time()

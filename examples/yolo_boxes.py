@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vitdense import DATASETS, Dataset
 from vitdense.data.base import DataError
-from vitdense.data.images import list_images, read_image
+from vitdense.data.images import list_images
 from vitdense.structures import Sample, Size, Target
 
 
@@ -44,7 +44,7 @@ class YoloBoxes(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         path = self.folder / self.names[index]
-        image = read_image(path, self.channels)
+        image = self.read_image(path)
         size = (image.shape[1], image.shape[2])
         labels, boxes = self._read(self.root / "labels" / self.split / f"{path.stem}.txt", size)
         return Sample(image, Target(labels=labels, boxes=boxes), path.stem, size, path)

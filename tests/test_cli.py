@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vitdense import cli
+from vitdense import HEADS, cli, registry
 from vitdense.data.base import DataError
 
 ROOT = Path(__file__).parents[1]
@@ -111,6 +111,7 @@ def test_convert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     [
         (DataError("a.json: is no JSON"), 1),
         (ValueError("device: cuda:7 is not here"), 2),
+        (ValueError("set/images/a-1.jpg: the prediction is of size [8, 8]"), 2),
         (FileNotFoundError("m.safetensors: not found"), 2),
         (KeyboardInterrupt(), 130),
     ],
@@ -151,8 +152,10 @@ def test_our_own_faults_keep_their_traceback(
             "unknown argument '--resme'. Did you mean '--resume'?",
         ),
         (["list", "head", "seed=1"], "error: unknown argument 'seed=1'."),
+        (["train", "x.yaml", "--data.root=a"], "Keys have no dashes: data.root=a"),
         (["predict", "m", "a.jpg"], "error: the following arguments are required: --out"),
         ([], "error: the following arguments are required: COMMAND"),
+        (["train"], "error: the following arguments are required: CONFIG\n"),
     ],
 )
 def test_bad_calls(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
@@ -205,6 +208,10 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
         ("config", ["  train: a section\n", "  seed = 0\n"]),
         ("seed", ["  seed = 0\n      a whole number from 0\n"]),
         ("metrics", ["metric\n  coco"]),
+        ("data", ["  train = train\n      a string\n      split to learn from\n"]),
+        ("train.steps", ["  steps = null\n      a positive whole number or null\n"]),
+        ("imports", ["  imports = []\n"]),
+        ("output", ["  output = runs/<config name>\n"]),
     ],
 )
 def test_show(
@@ -225,6 +232,33 @@ def test_show_what_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no head is called 'uppernet'. Did you mean 'upernet'?" in capsys.readouterr().err
     assert cli.main(["show", "trian"]) == 2
     assert "there is no 'trian'. Did you mean 'train'?" in capsys.readouterr().err
+    assert cli.main(["show", "upernet"]) == 2
+    assert "there is no 'upernet'. Did you mean 'head.upernet'?" in capsys.readouterr().err
+    assert cli.main(["show", "train.stps"]) == 2
+    assert "train has no key 'stps'. Did you mean 'steps'? Known: s" in capsys.readouterr().err
+
+
+def test_parts_of_ones_own_are_listed_and_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(registry, "_users", {})
+    monkeypatch.chdir(ROOT)
+    imports = ["--imports", "examples.wide_linear", "--imports", "examples.conv_stages"]
+    assert cli.main(["show", "head.wide_linear", *imports]) == 0
+    text = capsys.readouterr().out
+    assert "examples/wide_linear.py:" in text
+    assert "  width = 256\n      a whole number\n      channels after the concatenation\n" in text
+    assert cli.main(["list", *imports]) == 0
+    text = capsys.readouterr().out
+    assert "  wide_linear " in text and "  conv_stages " in text
+    source = (ROOT / "examples/wide_linear.py").read_text().replace("width: int", "width")
+    (tmp_path / "broken_head.py").write_text(source.replace("wide_linear", "users_broken"))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert cli.main(["list", "head", "--imports", "broken_head"]) == 0
+    assert "users_broken     (cannot be used: " in capsys.readouterr().out
+    HEADS._known().pop("users_broken")
+    assert cli.main(["list", "--imports", "examples.none"]) == 2
+    assert "imports: no module named 'examples.none'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,24 @@ class SmallMasks(GridDetector):
         return replace(answer, masks=masks)
 
 
+class PlainTensor(SmallHead):
+    def __init__(self, levels, num_classes):
+        super().__init__(levels, num_classes)
+        self.fuse.scales = [torch.ones(1)]
+
+
+class WithoutLoss(Head):
+    task = "semantic"
+
+    def forward(self, features, targets=None): ...
+    def predict(self, outputs, frames): ...
+
+
+class NoPrediction(SmallHead):
+    def predict(self, outputs, frames):
+        return [answer.semantic for answer in super().predict(outputs, frames)]
+
+
 @pytest.mark.parametrize("head", [SmallHead, GridDetector])
 def test_sound_head(head):
     check_head(head)
@@ -237,6 +255,9 @@ def test_sound_head(head):
         (LabelsFromOne, r"labels must lie in 0\.\.2"),
         (WithoutBoxes, r"must hold \['boxes'\]"),
         (SmallMasks, "masks must be bool"),
+        (PlainTensor, "`fuse.scales` holds a tensor that stays on the CPU"),
+        (WithoutLoss, "has no method loss; every head has forward, loss, predict"),
+        (NoPrediction, "give a Prediction for each image, not a Tensor"),
     ],
 )
 def test_broken_head(head, message):
@@ -339,7 +360,7 @@ def test_frozen_backbone_is_sound():
     [
         (FlooredSizes, r"ceil\(size / stride\)"),
         (WrongChannels, r"declares Level\(channels=5"),
-        (ThreeMeans, "3 values for in_chans=4"),
+        (ThreeMeans, "has 3 values in `mean`; give one for each of in_chans=4"),
         (StrangeDepths, "which are no parameters"),
         (SharedBackbone, "same image in a batch"),
     ],
@@ -467,6 +488,12 @@ class OpenFile(Memory):
         self.decode = lambda image: image
 
 
+class Pair(Memory):
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return sample.image, sample.target
+
+
 def test_sound_dataset():
     check_dataset(Memory, __file__, "train")
 
@@ -486,6 +513,10 @@ def test_sound_dataset():
         (TwiceNamed, "names a class twice"),
         (RawLabels, r"labels\(0\) is \[1, 0\], and the truth shows \[0, 1\]"),
         (OpenFile, "cannot be pickled"),
+        (
+            Pair,
+            r"Pair\[0\] must be a Sample with a Target, both of vitdense.structures; it is a tu",
+        ),
     ],
 )
 def test_broken_dataset(dataset, message):
@@ -651,7 +682,7 @@ def test_a_part_of_another_kind_is_named(check):
         def __init__(self, *facts):
             super().__init__()
 
-    with fails("Stranger must derive from vitdense"):
+    with fails(r"Stranger at .*test_conformance.py:\d+ must derive from vitdense"):
         check(Stranger)
-    with fails("Stranger must derive from vitdense"):
+    with fails(r"Stranger at .*test_conformance.py:\d+ must derive from vitdense"):
         check_dataset(Stranger, Path(__file__), "train")

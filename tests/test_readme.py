@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from vitdense import cli
+from vitdense import METRICS, cli
 from vitdense import config as configs
+from vitdense.testing import check_metric
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "data").glob("*.md")])
@@ -107,6 +108,19 @@ def test_commands_of_configs_and_makefile_parse(file):
 def test_python_compiles(block):
     code = compile(block, "block", "exec")
     assert code.co_code
+
+
+def test_the_metric_of_the_docs_conforms():
+    text = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
+    use, own = re.findall(r"```python\n(.*?)```", text, re.S)
+    names: dict = {}
+    exec(use + "\nscore = metric.compute()['AP']", names)
+    assert names["score"] == pytest.approx(1)
+    try:
+        exec(own, names)
+        check_metric(names["Counts"])
+    finally:
+        METRICS._classes.pop("counts")
 
 
 @pytest.mark.parametrize("block", blocks("yaml|yml"))

@@ -21,6 +21,7 @@ _HOMES = {
     "Head": "vitdense.heads.base",
     "Model": "vitdense.models.base",
     "Dataset": "vitdense.data.base",
+    "Policy": "vitdense.data.base",
     "Metric": "vitdense.metrics.base",
     "load": "vitdense.inference",
 }
@@ -39,13 +40,14 @@ __all__ = [
     "Metric",
     "Model",
     "Neck",
+    "Policy",
     "__version__",
     "load",
 ]
 
 if TYPE_CHECKING:
     from vitdense.backbones.base import Backbone
-    from vitdense.data.base import Dataset
+    from vitdense.data.base import Dataset, Policy
     from vitdense.heads.base import Head
     from vitdense.inference import load
     from vitdense.metrics.base import Metric

@@ -58,8 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def is_for_user(error: Exception) -> bool:
     """Whether its text says where, what, and what instead; all others are faults of ours."""
     known = [getattr(sys.modules[m], name) for m, name in USER_ERRORS if m in sys.modules]
-    by_option = isinstance(error, ValueError) and re.match(r"[a-z_.]+: ", str(error))
-    return isinstance(error, (*known, FileNotFoundError)) or bool(by_option)
+    # it begins with what is wrong: an option, or a file
+    placed = isinstance(error, ValueError) and re.match(r"([a-z_.]+|\S+\.\w+): ", str(error))
+    return isinstance(error, (*known, FileNotFoundError)) or bool(placed)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -132,15 +133,17 @@ def check(args: argparse.Namespace) -> None:
 
 def list_(args: argparse.Namespace) -> None:
     """list the parts that a config can name"""
-    from vitdense.config import catalog
+    from vitdense.config import catalog, loader
 
+    loader.register(args.imports)
     print(catalog.list_parts(args.kind))
 
 
 def show(args: argparse.Namespace) -> None:
     """show the options of a part, or the keys of a section"""
-    from vitdense.config import catalog
+    from vitdense.config import catalog, loader
 
+    loader.register(args.imports)
     print(catalog.show(args.what))
 
 
@@ -156,6 +159,7 @@ class Parser(argparse.ArgumentParser):
             hint = suggest(found[2], choices)
             what = "there is no command" if found[1] == "COMMAND" else f"{found[1]} has no choice"
             message = f"{what} {found[2]!r}.{hint} Known: {', '.join(choices)}"
+        message = message.replace(", key=value", "")  # it is never required
         self.exit(2, f"error: {message}\n{self.format_usage()}")
 
 
@@ -167,6 +171,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         from vitdense.registry import suggest
 
         hint = suggest(stray[0], re.findall(r"--[a-z-]+", args.parser.format_usage()))
+        if re.match(r"-+\w+(\.\w+)*=", stray[0]) and "overrides" in args:
+            hint = f" Keys have no dashes: {stray[0].lstrip('-')}"
         args.parser.error(f"unknown argument {stray[0]!r}.{hint}")
     if extra:
         args.overrides = [*args.overrides, *extra]
@@ -288,11 +294,18 @@ def _convert_arguments(command: argparse.ArgumentParser) -> None:
 
 def _list_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("kind", nargs="?", help="backbone, neck, head, ...; by default all")
+    _imports_argument(command)
 
 
 def _show_arguments(command: argparse.ArgumentParser) -> None:
-    text = "a part as head.upernet, or a section as train"
+    text = "a part as head.upernet, a section as train, or a key as train.steps"
     command.add_argument("what", metavar="KIND.NAME|SECTION", help=text)
+    _imports_argument(command)
+
+
+def _imports_argument(command: argparse.ArgumentParser) -> None:
+    text = "a module with parts of your own, as under imports in a config"
+    command.add_argument("--imports", action="append", default=[], metavar="MODULE", help=text)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,18 @@ KINDS = {
 }
 """Kind of part by the name that its registry has in source."""
 
+FACTS: dict[str, tuple[str, ...]] = {
+    "backbone": (),
+    "neck": ("levels",),
+    "head": ("levels", "num_classes"),
+    "model": ("num_classes", "image_classes"),
+    "dataset": ("root", "split"),
+    "transform": (),
+    "metric": ("classes",),
+}
+"""What vitdense supplies to a constructor of each kind, left of `*`; a model may do without its
+second."""
+
 
 @dataclass(frozen=True, slots=True)
 class Option:
@@ -96,23 +108,23 @@ def short_path(path: Path | str) -> str:
 
 def read_file(file: Path, module: str) -> Source:
     """Read what `file` registers; raises SyntaxError."""
-    text = file.read_text(encoding="utf-8")
-    if ".register(" not in text:
+    data = file.read_bytes()
+    if b".register" not in data:
         return Source([], False)
-    tree = ast.parse(text, filename=str(file))
-    lines = text.splitlines()
+    try:
+        lines = importlib.util.decode_source(data).splitlines()
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise SyntaxError(str(error), (str(file), None, None, None)) from None
+    tree = ast.parse(data, filename=str(file))
     found = []
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
             for kind, name in filter(None, map(_registration, node.decorator_list)):
                 found.append(_declare(node, node.name, kind, name, module, file, lines))
-    calls = sum(
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr == "register"
-        for node in ast.walk(tree)
+    uses = sum(
+        isinstance(node, ast.Attribute) and node.attr == "register" for node in ast.walk(tree)
     )
-    return Source(found, calls > len(found))
+    return Source(found, uses > len(found))
 
 
 def read_module(name: str) -> Source:
@@ -166,7 +178,9 @@ def _of_class(cls: type, kind: str, name: str) -> Declaration:
         file = Path(inspect.getsourcefile(cls) or "")
         lines, start = inspect.getsourcelines(cls)
     except (OSError, TypeError):
-        raise ValueError(f"{kind} {name!r}: {cls.__qualname__} has no source to read") from None
+        raise ValueError(
+            f"{kind} {name!r}: {cls.__qualname__} has no source to read; put it into a file"
+        ) from None
     # Blank lines keep the line numbers; `if 1:` takes the indent of a class in a function.
     indent = lines[0][: len(lines[0]) - len(lines[0].lstrip())]
     head = ["\n"] * max(start - 2, 0) + ["if 1:\n"] if indent else ["\n"] * (start - 1)
@@ -194,7 +208,7 @@ def _registration(decorator: ast.expr) -> tuple[str, str] | None:
                 value=ast.Name(id=owner) | ast.Attribute(attr=owner), attr="register"
             ),
             args=[ast.Constant(value=str(name))],
-        ) if owner in KINDS:
+        ) if owner in KINDS and name:
             return KINDS[owner], name
     return None
 
@@ -213,28 +227,49 @@ def _declare(
     for item in node.body:
         if isinstance(item, ast.FunctionDef) and item.name == "__init__":
             facts = tuple(a.arg for a in [*item.args.posonlyargs, *item.args.args][1:])
+            bare = replace(bare, facts=facts)
             try:
-                return replace(bare, facts=facts, options=_options(item, lines))
+                bare = replace(bare, options=_options(item, lines))
+                _check_facts(kind, facts, item.args.vararg is not None)
             except ValueError as error:
                 fault = f"{short_path(file)}:{item.lineno}: {qualname}: {error}"
-                return replace(bare, facts=facts, fault=fault)
+                return replace(bare, fault=fault)
+            return bare
     return replace(bare, inherits=True)
+
+
+def _check_facts(kind: str, facts: tuple[str, ...], any_number: bool) -> None:
+    """Raise ValueError if the constructor takes others than vitdense supplies, or too few."""
+    supplied = FACTS[kind]
+    words = ", ".join(supplied) or "nothing"
+    if more := facts[len(supplied) :]:
+        raise ValueError(
+            f"{', '.join(more)} stands left of `*`, the place of what vitdense supplies ({words}); "
+            "an option belongs to the right of it"
+        )
+    needed = supplied[:1] if kind == "model" else supplied
+    if len(facts) < len(needed) and not any_number:
+        raise ValueError(f"a {kind} is built with {words}: take them first, left of `*`")
 
 
 def _options(init: ast.FunctionDef, lines: list[str]) -> dict[str, Option]:
     if init.args.kwarg is not None:
         raise ValueError(f"**{init.args.kwarg.arg} hides its options: name each one")
+    if any(arg.arg == "name" for arg in init.args.kwonlyargs):
+        raise ValueError("option 'name': `name` says in a config which part it is; rename it")
     pairs = zip(init.args.kwonlyargs, init.args.kw_defaults, strict=True)
     return {arg.arg: _option(arg, default, lines) for arg, default in pairs}
 
 
 def _option(arg: ast.arg, default: ast.expr | None, lines: list[str]) -> Option:
     if arg.annotation is None:
-        raise ValueError(f"option {arg.arg!r} has no type annotation")
+        raise ValueError(f"option {arg.arg!r} has no type annotation; write it as {arg.arg}: int")
     try:
         value = REQUIRED if default is None else ast.literal_eval(default)
     except ValueError:
-        raise ValueError(f"the default of option {arg.arg!r} is not a literal") from None
+        raise ValueError(
+            f"the default of option {arg.arg!r} is not a literal; write the value itself, or None"
+        ) from None
     annotation = arg.annotation
     text = annotation.value if isinstance(annotation, ast.Constant) else ast.unparse(annotation)
     last = default or annotation

@@ -6,6 +6,7 @@ import difflib
 import importlib
 import importlib.util
 import re
+import traceback
 from collections.abc import Callable, Iterable
 from functools import cache, partial
 from pathlib import Path
@@ -53,6 +54,9 @@ class Registry(Generic[T]):
 
     def register(self, name: str) -> Callable[[C], C]:
         """Class decorator that gives a part its name; raises ValueError if it is taken."""
+        if not isinstance(name, str) or not name:
+            what = getattr(name, "__name__", repr(name))
+            raise ValueError(f'give the {self.kind} a name, as in register("mine"), not {what}')
 
         def decorate(cls: C) -> C:
             # The built-in ones are checked against each other when their source is read.
@@ -73,7 +77,7 @@ class Registry(Generic[T]):
             return self._classes[name]
         declaration, options = self.resolve(name)
         if declaration.name not in self._classes:
-            importlib.import_module(declaration.module)
+            _import(declaration.module)
         cls = self._classes[declaration.name]
         return cast("type[T]", partial(cls, **options)) if options else cls
 
@@ -86,12 +90,13 @@ class Registry(Generic[T]):
 
         Raises LookupError for an unknown name and ValueError for a faulty class.
         """
-        if name not in self._known() and name not in self._classes and _dynamic:
-            import_users()
         if name not in self._known() and name not in self._classes:
             if self.kind == "backbone" and is_timm_name(name):
                 return self.resolve("timm")[0], {"model": name}
-            raise LookupError(self._unknown(name))
+            if _dynamic:
+                import_users()
+            if name not in self._classes:
+                raise LookupError(self._unknown(name))
         declaration = self._known().get(name)
         if declaration is None or declaration.inherits:
             cls = self._classes[name] if declaration is None else self.get(name)
@@ -135,11 +140,18 @@ class Registry(Generic[T]):
         near = suggest(name, [*names, *timm_names()] if self.kind == "backbone" else names)
         also = ", and every timm model" if self.kind == "backbone" else ""
         known = ", ".join(names) or "none"
-        return f"no {self.kind} is called {name!r}.{near} Known: {known}{also}"
+        text = f"no {self.kind} is called {name!r}.{near}"
+        for other in REGISTRIES.values():
+            if other is not self and name in other._known():
+                text += f" A {other.kind} is: {other._known()[name].place}."
+        if _empty:
+            text += f" ({', '.join(sorted(_empty))} under imports registers no part.)"
+        return f"{text} Known: {known}{also}"
 
 
 _users: dict[str, bool] = {}
 _dynamic: set[str] = set()
+_empty: set[str] = set()
 
 
 def add_module(name: str) -> None:
@@ -150,18 +162,46 @@ def add_module(name: str) -> None:
     source = declarations.read_module(name)
     for new in source.declarations:
         REGISTRIES[new.kind].check_free(new)
-    for new in source.declarations:
         REGISTRIES[new.kind].declare(new)
     _users.setdefault(name, False)
+    _empty.discard(name)
     if source.dynamic:
         _dynamic.add(name)
+    elif not source.declarations:
+        _empty.add(name)
 
 
 def import_users() -> None:
-    """Import the users' modules that are not imported yet: they may do more than register."""
+    """Import the users' modules that are not imported yet: they may do more than register.
+
+    Raises ValueError if one cannot be imported; names its line.
+    """
     for name in [name for name, done in _users.items() if not done]:
         _users[name] = True
-        importlib.import_module(name)
+        try:
+            _import(name)
+        except ValueError:
+            _users[name] = False
+            raise
+
+
+def _import(module: str) -> None:
+    """Import a module; raises ValueError with the line in it that the error went through."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        if module.startswith("vitdense."):
+            raise
+        where = line_of(error, (file for file, _ in declarations.module_files(module))) or module
+        what = f"{type(error).__name__}: {error}".removeprefix("ValueError: ")
+        raise ValueError(f"imports: {where}: {what}") from error
+
+
+def line_of(error: Exception, files: Iterable[Path]) -> str | None:
+    """The deepest line, as `file:line`, of these files that an error went through."""
+    names = {str(file) for file in files}
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename in names]
+    return f"{declarations.short_path(frames[-1].filename)}:{frames[-1].lineno}" if frames else None
 
 
 def suggest(word: str, words: Iterable[str]) -> str:

@@ -69,10 +69,10 @@ class Frame:
             float [N, 4], xyxy in original pixels.
         """
         height, width = self.original
-        scale_y, scale_x = height / self.content[0], width / self.content[1]
-        scaled = boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
-        limits = boxes.new_tensor([width, height, width, height])
-        return scaled.clamp(min=0).minimum(limits)
+        # by numbers: a tensor that is made of them on a GPU makes the host wait
+        x = (boxes[..., ::2] * (width / self.content[1])).clamp(0, width)
+        y = (boxes[..., 1::2] * (height / self.content[0])).clamp(0, height)
+        return torch.stack((x, y), -1).flatten(-2)
 
 
 def _resize(maps: Tensor, size: Size) -> Tensor:
@@ -153,6 +153,11 @@ class Sample(_Record):
     image_id: int | str
     original: Size
     path: Path
+
+    @property
+    def size(self) -> Size:
+        """(height, width) of `image`, which a policy may have resized."""
+        return self.image.shape[1], self.image.shape[2]
 
 
 @dataclass(slots=True)

@@ -322,7 +322,7 @@ def test_a_fixed_size_is_named_and_can_be_set() -> None:
     with torch.device("meta"):
         backbone = TimmBackbone(model="hiera_tiny_224")
         message = "hiera_tiny_224 has a fixed input size of 224x224.*set model.backbone.img_size"
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"^img_size: {message}"):
             backbone(images(256, 320).to("meta"))
         check_maps(backbone, images(97, 131).to("meta"))
         check_maps(

@@ -48,6 +48,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(registry, "_users", {})
     monkeypatch.setattr(registry, "_dynamic", set())
+    monkeypatch.setattr(registry, "_empty", set())
     yield
     for parts in registry.REGISTRIES.values():
         for name in [name for name in parts.names() if name.startswith("users_")]:

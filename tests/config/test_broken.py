@@ -19,6 +19,19 @@ CASES = {
         "config.yaml:8: trian: the config has no key 'trian' (got {'steps': 10}). "
         "Did you mean 'train'?\n    trian: {steps: 10}",
     ),
+    "a part is missing": (
+        ("model:\n  backbone: vit_tiny_patch16_224\n  " + HEAD + "\n", ""),
+        "config.yaml: model: the config needs the key 'model': what is trained;",
+    ),
+    "number that is a name": (
+        ("root: data", "root: 2024"),
+        'config.yaml:6: data.root: expected a path, got 2024. Put it in quotes: "2024"\n',
+    ),
+    "typo in the name of a curve": (
+        ("train: {", "schedule: cosin\ntrain: {"),
+        "config.yaml:8: schedule.name: expected 'cosine', 'flat_cosine', 'poly', 'multistep' or "
+        "'constant', got 'cosin'. Did you mean 'cosine'?",
+    ),
     "typo in a key": (
         ("steps", "stepz"),
         "config.yaml:8: train.stepz: train has no key 'stepz' (got 10). Did you mean 'steps'?",
@@ -154,6 +167,10 @@ CASES = {
         ("train:", "imports: [users_nowhere.head]\ntrain:"),
         "config.yaml:8: imports: no module named 'users_nowhere'; it was sought on Python's path,",
     ),
+    "a path of a module": (
+        ("train:", "imports: [users/head.py]\ntrain:"),
+        "beside the config (PYTHONPATH adds folders). Name it as Python does: users.head\n",
+    ),
     "imports that are no list": (
         ("train:", "imports: my_head\ntrain:"),
         "config.yaml:8: imports: expected a list (each a string), got 'my_head'",
@@ -200,6 +217,7 @@ def test_all_problems_are_reported_at_once(write: Write, good: str) -> None:
         ("train.stepz=3", "command line: train.stepz: train has no key 'stepz' (got 3). Did you"),
         ("train.steps", "command line: expected key=value, as train.steps=2000, got 'train.steps'"),
         ("train.steps=a", "command line: train.steps: expected a positive whole number or null"),
+        ("data.root=1", "got 1. Put it in quotes: data.root='\"1\"'\n    data.root=1"),
         ("data.root=[a", "command line: is no YAML: while parsing a flow sequence"),
         ("model.head.queries=3", "model.head.queries: head 'upernet' has no option 'queries'"),
     ],
@@ -269,12 +287,81 @@ class Mine(Head):
             HEAD_MODULE.replace("def", "dfe"),
             "config.yaml:9: imports: users_head.py:9: invalid syntax",
         ),
+        (
+            HEAD_MODULE.format(name="users_two", option="width: int = 3")
+            + HEAD_MODULE.format(name="users_two", option="size: int = 3").replace("Mine", "Yours"),
+            "imports: two classes are registered as head 'users_two': Mine at users_head.py:6 and "
+            "Yours at users_head.py:16; rename one",
+        ),
     ],
 )
 def test_faulty_module(write: Write, good: str, module: str, message: str) -> None:
     write(module, "users_head.py")
     path = write(good + "imports: [users_head]\n")
-    assert message in message_of(path).replace(str(Path.cwd()) + "/", "")
+    assert message in message_of(path)
+
+
+def test_a_module_in_another_encoding(write: Write, good: str) -> None:
+    path = write(good + "imports: [users_latin]\n")
+    text = HEAD_MODULE.format(name="users_own", option='title: str = "é"')
+    Path("users_latin.py").write_bytes(text.encode("latin1"))
+    assert "config.yaml:9: imports: users_latin.py" in message_of(path)
+    Path("users_latin.py").write_bytes(f"# coding: latin1\n{text}".encode("latin1"))
+    assert config.load(path, ["model.head=users_own"]).model.options["head"].options["title"] == "é"
+
+
+def test_modules_that_cannot_be_found_hide_no_other_fault_and_make_none(
+    write: Write, good: str
+) -> None:
+    """What is registered in them is not called unknown, and each fault is told once."""
+    text = good.replace("upernet", "users_own").replace("steps: 10", "steps: -1")
+    path = write(text + "imports: [users_none.head, users_none.neck]\n")
+    with pytest.raises(config.ConfigError) as caught:
+        config.load(path)
+    assert [problem.path for problem in caught.value.problems] == ["train.steps", "imports"]
+
+
+REGISTERED_OTHERWISE = {
+    "not at all": (
+        '@HEADS.register("{name}")',
+        "",
+        "(users_head under imports registers no part.)",
+    ),
+    "as another kind": ("HEADS", "NECKS", "A neck is: users_head.py:6."),
+    "without a name": (
+        '.register("{name}")',
+        ".register",
+        'imports: users_head.py:5: give the head a name, as in register("mine"), not Mine',
+    ),
+    "with a number": (
+        '"{name}"',
+        "5",
+        'imports: users_head.py:5: give the head a name, as in register("mine"), not 5',
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"), REGISTERED_OTHERWISE.values(), ids=REGISTERED_OTHERWISE.keys()
+)
+def test_a_class_that_is_not_registered_as_it_is_named(
+    write: Write, good: str, old: str, new: str, message: str
+) -> None:
+    module = HEAD_MODULE.replace(old, new).format(name="users_own", option="width: int = 3")
+    write(module, "users_head.py")
+    path = write(good + "imports: [users_head]\n")
+    assert message in message_of(path, "model.head=users_own")
+
+
+def test_a_module_that_cannot_be_imported_names_its_line(write: Write, good: str) -> None:
+    module = HEAD_MODULE.format(name="users_own", option="width: int = 3") + "\n\n1 / 0\n"
+    write(module, "users_fails.py")
+    path = write(good + "imports: [users_fails]\n")
+    part = config.load(path, ["model.head=users_own"]).model.options["head"]
+    for _ in range(2):  # it is not taken for imported the second time
+        with pytest.raises(config.ConfigError) as caught:
+            part([], 3)
+        assert "imports: users_fails.py:13: ZeroDivisionError: division by" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -284,6 +371,13 @@ def test_faulty_module(write: Write, good: str, module: str, message: str) -> No
         ("width=3", "users_head.py:9: Mine: option 'width' has no type annotation"),
         ("width: int = max(1, 2)", "Mine: the default of option 'width' is not a literal"),
         ("width: int = 3, **more", "Mine: **more hides its options: name each one"),
+        ("width: int = 0.5", "Mine: option 'width': its default 0.5 is not a whole number\n"),
+        (
+            "width: int = None",
+            "users_head.py:6: Mine: option 'width': its default None is not a whole number; "
+            "write int | None\n",
+        ),
+        ("name: str = 'x'", "Mine: option 'name': `name` says in a config which part it is;"),
     ],
 )
 def test_option_that_cannot_be_read(write: Write, good: str, option: str, message: str) -> None:
@@ -291,6 +385,25 @@ def test_option_that_cannot_be_read(write: Write, good: str, option: str, messag
     text = good.replace("{name: upernet, channels: 64}", "users_own")
     path = write(text + "imports: [users_head]\n")
     assert message in message_of(path)
+
+
+def test_an_option_left_of_the_star(write: Write, good: str) -> None:
+    module = HEAD_MODULE.format(name="users_own", option="").replace("*, )", "width=3)")
+    write(module, "users_head.py")
+    path = write(good + "imports: [users_head]\n")
+    message = message_of(path, "model.head={name: users_own, width: 4}")
+    assert (
+        "users_head.py:9: Mine: width stands left of `*`, the place of what vitdense supplies "
+        "(levels, num_classes); an option belongs to the right of it"
+    ) in message
+
+
+def test_a_constructor_without_its_facts(write: Write, good: str) -> None:
+    module = HEAD_MODULE.format(name="users_own", option="width: int = 3")
+    write(module.replace(" num_classes, *", " *"), "users_head.py")
+    path = write(good + "imports: [users_head]\n")
+    message = message_of(path, "model.head=users_own")
+    assert "Mine: a head is built with levels, num_classes: take them first" in message
 
 
 def test_a_near_module_is_suggested(write: Write, good: str) -> None:

@@ -36,6 +36,14 @@ def test_parts_get_their_defaults(good: str) -> None:
     assert loaded.metric is None
 
 
+def test_a_bare_name_is_a_curve_or_an_optimizer_with_its_defaults(good: str) -> None:
+    loaded = config.loads(good + "schedule: poly\noptimizer: sgd\n")
+    assert (loaded.schedule.name, loaded.schedule.power) == ("poly", 0.9)
+    assert (loaded.optimizer.name, loaded.optimizer.momentum) == ("sgd", 0.9)
+    for overrides in (["schedule=poly"], "schedule=poly"):  # one string is one override
+        assert config.loads(good, overrides=overrides).schedule.name == "poly"
+
+
 def test_a_timm_name_and_its_long_form_are_equal(good: str) -> None:
     short = good.replace("vit_tiny_patch16_224", "{name: vit_tiny_patch16_224, img_size: 256}")
     long = short.replace("{name: vit", "{name: timm, model: vit")
@@ -179,6 +187,12 @@ class Fussy(Head):
             raise ValueError(f"width: must be even, got {width}; take {width + 1}")
         if width == 0:
             raise ValueError("nothing to do")
+
+    def forward(self, features, targets=None): ...
+    def loss(self, outputs, targets): ...
+    def predict(self, outputs, frames): ...
+
+    task = "semantic"
 '''
 
 
@@ -196,8 +210,31 @@ def test_a_constructor_that_refuses_is_a_problem_of_the_config(write: Write, goo
         "config.yaml:3: model.head.width: must be even, got 3; take 4\n"
         "    head: {name: users_fussy, width: 3}"
     )
-    with pytest.raises(ConfigError, match="^config.yaml:3: model.head: nothing to do"):
+    message = r"^config.yaml:3: model.head: nothing to do \(users_fussy_module.py:16\)\n"
+    with pytest.raises(ConfigError, match=message):
         fussy(write, good, 0)([Level(8, 4)], 2)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("def loss", "def losses", "has no method loss; every head has forward, loss, predict"),
+        ("task =", "tsak =", "does not set `task`; do so in __init__, or call super().__init__"),
+        ('"semantic"', '"segmentation"', "has the task 'segmentation'; it must be one of "),
+        ("Fussy(Head)", "Fussy", "must derive from vitdense.heads.base.Head"),
+    ],
+)
+def test_a_part_that_lacks_what_its_kind_has(
+    write: Write, good: str, monkeypatch: pytest.MonkeyPatch, old: str, new: str, message: str
+) -> None:
+    text = FUSSY.replace(old, new)
+    if "must derive" in message:
+        text = text.replace("super().__init__(levels, num_classes)", "pass")
+    monkeypatch.setattr(sys.modules[__name__], "FUSSY", text)
+    with pytest.raises(ConfigError) as caught:
+        fussy(write, good, 2)([Level(8, 4)], 2)
+    where = "config.yaml:3: model.head: Fussy at users_fussy_module.py:5 "
+    assert str(caught.value).startswith(where + message)
 
 
 def test_a_users_head_is_built_and_gets_its_own_defaults(write: Write, good: str) -> None:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from vitdense.convert.source import ConversionError, read
+from vitdense.engine.checkpoint import FORMAT
 
 WEIGHTS = {"a.weight": torch.arange(6.0).view(2, 3), "b.bias": torch.ones(2)}
 
@@ -126,6 +127,28 @@ def test_a_state_without_weights_is_refused(tmp_path: Path) -> None:
     torch.save({"model": {"epoch": 3}}, tmp_path / "model.pth")
     with pytest.raises(ConversionError, match="holds no weights"):
         read(str(tmp_path / "model.pth"))
+
+
+@pytest.mark.parametrize("content", [b"", b"model: {name: pyramid}\n"])
+def test_what_is_no_file_of_weights(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(ConversionError, match=r"x\.pth: is no file of weights \(.+\)$"):
+        read(str(tmp_path / "x.pth"))
+
+
+def test_a_whole_module_names_what_would_be_run(tmp_path: Path) -> None:
+    torch.save({"model": torch.nn.Linear(1, 1)}, tmp_path / "x.pt")
+    with pytest.raises(ConversionError, match=r"it wants torch\.nn\.modules\.linear\.Linear; save"):
+        read(str(tmp_path / "x.pt"))
+
+
+def test_a_model_of_ours_is_said_to_be_one(tmp_path: Path) -> None:
+    meta = {"classes": [], "category_ids": [], "task": "semantic", "step": 0, "metrics": {},
+            "version": ""}  # fmt: skip
+    path = tmp_path / "model.safetensors"
+    save_file(WEIGHTS, path, {FORMAT: json.dumps(meta), "config": ""})
+    with pytest.raises(ConversionError, match="is a model of vitdense already"):
+        read(str(path))
 
 
 def test_nothing_there() -> None:

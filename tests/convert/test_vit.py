@@ -12,7 +12,8 @@ from transformers.models.lw_detr.modeling_lw_detr import LwDetrViTBackbone
 from transformers.models.rf_detr.modeling_rf_detr import RfDetrDinov2Backbone
 
 from vitdense.backbones.timm import TimmBackbone
-from vitdense.convert.vit import dinov2_to_timm, lw_detr_to_timm
+from vitdense.convert.names import rename
+from vitdense.convert.vit import DINOV2, LW_DETR, key_bias, resample
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-8}
 SHAPE = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 6}
@@ -42,6 +43,12 @@ def check(ours: nn.Module, theirs: nn.Module, pixels: Tensor, dtype: torch.dtype
         torch.testing.assert_close(mine, other, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
+def dinov2_to_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = rename(tensors, DINOV2)
+    found.pop("embeddings.mask_token", None)
+    return found
+
+
 def rf_detr(patch: int, grid: int, windows: int) -> tuple[nn.Module, TimmBackbone]:
     """Maps after blocks 2 and 5; global are blocks 3 and, were it there, 6."""
     config = RfDetrDinov2Config(
@@ -66,13 +73,6 @@ def test_rf_detr(patch: int, windows: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("grid", [4, 12])
 def test_rf_detr_at_other_sizes_than_its_positions(grid: int) -> None:
     theirs, ours = rf_detr(16, grid=8, windows=2)
-    check(ours, theirs, images(16 * grid, 16 * grid), torch.float32)
-    resampled = dinov2_to_timm(theirs.state_dict(), grid=(grid, grid))
-    ours = TimmBackbone(
-        model="vit_small_patch14_dinov2", img_size=grid * 16, patch_size=16, norm="all", windows=2,
-        global_blocks=[3], out_indices=[2, 5], options=OPTIONS,
-    )  # fmt: skip
-    ours.model.load_state_dict(resampled)
     check(ours, theirs, images(16 * grid, 16 * grid), torch.float32)
 
 
@@ -120,5 +120,9 @@ def test_lw_detr(side: int, grid: tuple[int, int], dtype: torch.dtype) -> None:
         global_blocks=[2, 5], out_indices=[1, 3, 5],
         options=OPTIONS | {"class_token": False, "global_pool": "avg", "init_values": 0.1},
     )  # fmt: skip
-    ours.to(dtype).model.load_state_dict(lw_detr_to_timm(theirs.state_dict(), grid))
+    state = rename(theirs.state_dict(), LW_DETR)
+    for name in [name for name in state if name.endswith("qkv.bias")]:
+        state[name] = key_bias(state[name])
+    state["pos_embed"] = resample(state["pos_embed"], grid, prefix=1)[:, 1:]
+    ours.to(dtype).model.load_state_dict(state)
     check(ours, theirs, images(*size), dtype)

@@ -198,7 +198,12 @@ def test_missing_root_and_unknown_split(coco, tmp_path):
     assert (
         "no split 'valid': looked for annotations/instances_valid.json with images/valid/" in text
     )
-    assert text.endswith("there are the splits train")
+    assert text.endswith("there are the splits train: name them by data.train and data.val")
+    coco.folder.rename(tmp_path / "photos")
+    for split in ("train", "val"):
+        text = message(lambda split=split: CocoDataset(coco.root, split))
+        assert "instances_train.json is there: name its split by data.train" in text
+        assert text.endswith("and the folder of its images by data.dataset.images")
 
 
 def test_the_users_files_stay_as_they_are(coco):

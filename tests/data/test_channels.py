@@ -117,6 +117,44 @@ def test_pages_and_bands_of_tiff(tmp_path):
         read_image(path, 6)
 
 
+@pytest.mark.parametrize("fourth", ["unspecified", "assocalpha", "unassalpha"])
+def test_the_fourth_band_of_tiff_is_kept_whatever_its_tag(tmp_path, fourth):
+    tifffile = pytest.importorskip("tifffile")
+    bands, path = RNG.integers(0, 256, (6, 9, 4)).astype(np.uint8), tmp_path / "a.tif"
+    tifffile.imwrite(path, bands, photometric="rgb", extrasamples=[fourth])
+    assert (read_image(path, 4, (6, 9)).numpy() == bands.transpose(2, 0, 1)).all()
+    if fourth != "assocalpha":
+        assert (read_image(path, 3).numpy() == bands.transpose(2, 0, 1)[:3]).all()
+
+
+@pytest.mark.parametrize("compression", ["lzw", "deflate", "zstd", "packbits"])
+def test_compressed_bands_are_read(tmp_path, compression):
+    tifffile, path = pytest.importorskip("tifffile"), tmp_path / "a.tif"
+    pytest.importorskip("imagecodecs")
+    bands = deep(6, 9, 5)
+    layout = {"photometric": "minisblack", "planarconfig": "contig"}
+    tifffile.imwrite(path, bands, compression=compression, **layout)
+    assert_pixels(read_image(path, 5, (6, 9)), expected(bands))
+
+
+def test_a_compression_that_tifffile_cannot_read_says_what_to_install(tmp_path, monkeypatch):
+    tifffile, path = pytest.importorskip("tifffile"), tmp_path / "a.tif"
+    tifffile.imwrite(path, deep(6, 9, 5), photometric="minisblack", planarconfig="contig")
+
+    def read(self):
+        raise ValueError("<COMPRESSION.LZW: 5> requires the 'imagecodecs' package")
+
+    monkeypatch.setattr(tifffile.TiffPageSeries, "asarray", read)
+    with pytest.raises(DataError, match=r"a\.tif: cannot be decoded .*; pip install 'vitdense"):
+        read_image(path, 5)
+
+
+def test_fractions_are_no_labels(tmp_path):
+    Image.fromarray(np.ones((6, 9), np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(DataError, match=r"a\.tif: holds fractions \(F\), not labels; save one"):
+        read_labels(tmp_path / "a.tif")
+
+
 def test_tiff_without_tifffile_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tifffile", None)
     Image.fromarray(deep(6, 9)).save(tmp_path / "a.tif")
@@ -136,6 +174,8 @@ def test_floats_need_a_range(tmp_path):
     np.save(tmp_path / "b.npy", pixels)
     with pytest.raises(DataError, match=r"b\.npy: has pixels that are no finite numbers"):
         read_image(tmp_path / "b.npy", 1, limits=(0, 2))
+    with pytest.raises(DataError, match=r"float32 values from -0\.9\d* to 3; say by the option"):
+        read_image(tmp_path / "b.npy", 1)
 
 
 def test_faults(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.data.trees import columns, make_folders, picture, save_map
+from vitdense.data.ade20k import Ade20kDataset
 from vitdense.data.base import DataError
 from vitdense.data.folders import FoldersDataset
 from vitdense.testing import check_dataset
@@ -48,6 +49,35 @@ def test_numbers_with_gaps(tmp_path, kind):
     message = r"a\.png: has the label 9, but the classes are labels \d+, 7; name its class in .*js"
     with pytest.raises(DataError, match=message):
         FoldersDataset(root, "train")[0]
+
+
+def test_text_in_another_encoding(tmp_path):
+    root = make_folders(tmp_path, columns(0, 1))
+    (root / "classes.txt").write_bytes("Straße\nHaus\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"classes\.txt: is not UTF-8 text; save it as UTF-8"):
+        FoldersDataset(root, "train")
+    (root / "train.txt").write_bytes("Straße\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"train\.txt: is not UTF-8 text; save it as UTF-8"):
+        FoldersDataset(root, "train", annotations="labels/train", images="images/train")
+
+
+def test_labels_below_zero(tmp_path):
+    root = make_folders(tmp_path, columns(0, 1))
+    (root / "classes.txt").write_text("rest\nroad\n")
+    for name in ("a", "b"):
+        np.save(root / f"labels/train/{name}.npy", columns(0, -1, kind=np.int16))
+    with pytest.raises(DataError, match=r"a\.npy: has the label -1, but labels begin with 0; save"):
+        FoldersDataset(root, "train", label_suffix=".npy")[0]
+
+
+def test_a_class_can_be_ignored_by_label_or_color(tmp_path):
+    root = make_folders(tmp_path, columns(0, 1, 2, 255))
+    (root / "classes.txt").write_text("rest\nroad\ntree\n")
+    assert row(FoldersDataset(root, "train", ignore=[0])) == [255, 1, 2, 255]
+    root = make_folders(tmp_path / "painted", painted(ROAD, TREE, GREY, ROAD))
+    colors = {"road": "#6ec1e4", "tree": "#fedd3a", "rest": "#9b9b9b"}
+    dataset = FoldersDataset(root, "train", colors=colors, ignore=["#9b9b9b"])
+    assert row(dataset) == [0, 1, 255, 0]
 
 
 @pytest.mark.parametrize("source", ["json", "list", "csv", "option"])
@@ -125,6 +155,17 @@ def test_masks_that_would_pass_for_ignored_pixels_are_refused(tmp_path):
     assert row(FoldersDataset(root, "train")) == [0, 0, 1, 1]
 
 
+@pytest.mark.parametrize("dataset", [FoldersDataset, Ade20kDataset])
+def test_maps_without_a_class_are_told(tmp_path, dataset, caplog):
+    root = make_folders(tmp_path, columns(255, 255))
+    (root / "classes.txt").write_text("sky\nroad\ntree\n")
+    dataset(root, "train")
+    assert "label maps hold 255 alone, which is no class: nothing is learnt" in caplog.text
+    caplog.clear()
+    dataset(make_folders(tmp_path, columns(2, 255)), "train")
+    assert not caplog.text
+
+
 def test_suffixes_and_one_folder_for_all(tmp_path):
     for name in ("a", "b"):
         picture(tmp_path / f"train/{name}_sat.jpg")
@@ -139,6 +180,33 @@ def test_suffixes_and_one_folder_for_all(tmp_path):
         FoldersDataset(tmp_path, "train", image_suffix="_sat.jpg", **places)
     with pytest.raises(DataError, match=r"no images that end in '\.webp'"):
         FoldersDataset(tmp_path, "train", image_suffix=".webp", **places)
+
+
+def test_what_is_said_of_label_images_that_are_called_otherwise(tmp_path):
+    (tmp_path / "classes.txt").write_text("sky\nroad\n")
+    for name in ("1", "10"):
+        picture(tmp_path / f"images/train/{name}.tif")
+        save_map(tmp_path / f"masks/train/{name}.tif", columns(0, 1))
+    with pytest.raises(DataError, match=r"2 are missing\); for 1\.tif set label_suffix: \.tif$"):
+        FoldersDataset(tmp_path, "train")
+    assert row(FoldersDataset(tmp_path, "train", label_suffix=".tif")) == [0, 0, 1, 1]
+    save_map(tmp_path / "masks/train/10.png", columns(0, 1))
+    (tmp_path / "masks/train/1.tif").unlink()
+    with pytest.raises(DataError, match=r"the image 1\.tif \(1 of 2 are missing\)$"):
+        FoldersDataset(tmp_path, "train")
+    save_map(tmp_path / "masks/train/1.png", columns(0, 1))
+    picture(tmp_path / "images/train/1.jpg")
+    with pytest.raises(DataError, match=r"1\.png: is the label map of 1\.jpg and of 1\.tif; take"):
+        FoldersDataset(tmp_path, "train")
+
+
+@pytest.mark.parametrize("dataset", [FoldersDataset, Ade20kDataset])
+def test_images_in_folders_below(tmp_path, dataset):
+    for folder in ("images", "labels"):
+        picture(tmp_path / folder / "train/north/a.png")
+    (tmp_path / "classes.txt").write_text("sky\nroad\n")
+    with pytest.raises(DataError, match=r"train: no images .*; it has the folder 'north', but im"):
+        dataset(tmp_path, "train")
 
 
 def test_splits_by_lists(tmp_path):
@@ -173,6 +241,8 @@ def test_faults_of_classes_and_options(tmp_path):
         FoldersDataset(root, "train", colors={"sky": "red"})
     with pytest.raises(ValueError, match="^binary: masks have no colors"):
         FoldersDataset(root, "train", colors={"sky": "#ff0000"}, binary=True)
+    with pytest.raises(ValueError, match="^binary: masks have no labels to `ignore`; leave out"):
+        FoldersDataset(root, "train", ignore=[7], binary=True)
     (root / "classes.json").write_text(json.dumps(["a", "b", "c"]))
     with pytest.raises(DataError, match="names 3 classes; binary masks have one or two"):
         FoldersDataset(root, "train", binary=True)
@@ -181,8 +251,6 @@ def test_faults_of_classes_and_options(tmp_path):
 
 
 def test_the_same_as_ade20k_on_real_data(shared):
-    from vitdense.data.ade20k import Ade20kDataset
-
     root = shared / "aerial_dubai"
     first = Ade20kDataset(root, "validation")
     second = FoldersDataset(root, "validation", ignore=[0])

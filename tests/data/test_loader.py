@@ -20,7 +20,7 @@ from vitdense.data import workers
 from vitdense.data.base import DataError, Dataset, Policy
 from vitdense.data.coco import CocoDataset
 from vitdense.data.collate import PackedBatch, collate
-from vitdense.data.frequency import repeat_factors
+from vitdense.data.frequency import images_with_class, repeat_factors
 from vitdense.data.loader import evaluation_loader, training_loader
 from vitdense.data.shapes import ShapesDataset
 from vitdense.data.transforms import DetectionPolicy, NoPolicy, SegmentationPolicy
@@ -321,7 +321,8 @@ def test_repeat_factors_by_hand():
             return Target(labels=torch.tensor(shown[index], dtype=torch.int64))
 
     expected = [2.0, 1, 1, 1, 2.0, 1, 1, 1, 1, 1]  # sqrt(0.4 / 0.1)
-    assert repeat_factors(Shown([(8, 8)] * 10), 0.4).tolist() == pytest.approx(expected)
+    found = images_with_class(Shown([(8, 8)] * 10))
+    assert repeat_factors(found, 0.4).tolist() == pytest.approx(expected)
 
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="not on this system")
@@ -346,5 +347,6 @@ def test_workers_share_what_cores_there_are(monkeypatch: pytest.MonkeyPatch) -> 
     for cuda, expected in ((True, [1, 4, 8]), (False, [0, 2, 2])):
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
         assert [count("auto", cores) for cores in (1, 4, 64)] == expected
+        assert [count("auto", cores, gpu=False) for cores in (1, 4, 64)] == [0, 2, 2]
     monkeypatch.setattr(workers, "own_cores", lambda: {3, 5})
     assert count("auto") == 1

@@ -161,6 +161,10 @@ def test_evaluation_leaves_out_and_tells(count: int) -> None:
         list(none)
     with pytest.raises(ImageError, match=r"set/1\.jpg"):
         list(evaluation_loader(Holes(3, {1}), Pairs(), 2, workers=count))
+    share = evaluation_loader(
+        Holes(3, {1}), Pairs(), 2, workers=count, faulty="skip", report=print, rank=1, world_size=2
+    )
+    assert list(share) == []  # other processes have readable ones
 
 
 def test_without_a_listener_it_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:

@@ -17,8 +17,9 @@ from vitdense.engine.runtime import Runtime
 from vitdense.heads.base import Head
 from vitdense.heads.detection.denoising import Denoising
 from vitdense.losses import dot_masks, mask_criterion, points
-from vitdense.losses.divisors import alone, one_step
+from vitdense.losses.divisors import one_step
 from vitdense.models.base import Model
+from vitdense.ops.processes import alone
 from vitdense.registry import HEADS, MODELS
 from vitdense.structures import Level, Target
 from vitdense.testing import probes

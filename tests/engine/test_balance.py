@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from vitdense.config import Part, loads
-from vitdense.data.frequency import class_frequencies, repeat_factors
+from vitdense.data.frequency import class_frequencies, images_with_class, repeat_factors
 from vitdense.engine import build
 from vitdense.engine.run import Run
 from vitdense.engine.runtime import Runtime
@@ -53,7 +53,7 @@ def test_images_of_rare_classes_come_more_often(tmp_path: Path) -> None:
     config = loads(text, "test")
     data = build.build_data(config)
     model = build.build_model(config, data)
-    factors = repeat_factors(data.train, 0.9)
+    factors = repeat_factors(images_with_class(data.train), 0.9)
     assert factors.max() > 1.2 * factors.min()
     batches = build.training_loader(config, data, model, CPU)
     seen = Counter(index for batch in islice(batches, 24) for index in batch.image_ids)
@@ -95,24 +95,47 @@ def test_a_metric_that_is_named_compares_what_the_task_answers(name: str) -> Non
     assert built("instance", iou_type="boundary").iou_type == "boundary"
 
 
-def test_other_processes_take_the_counts_of_the_main_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "options", "task"),
+    [
+        ("coco", {}, "semantic"),
+        ("voc", {}, "panoptic"),
+        ("coco", {"iou_type": "segm"}, "detection"),
+        ("miou", {}, "instance"),
+        ("panoptic", {}, "semantic"),
+    ],
+)
+def test_a_metric_of_another_task_is_refused_before_training(
+    name: str, options: dict[str, Any], task: Task
 ) -> None:
+    config: Any = SimpleNamespace(metric=Part("metric", name, options))
+    with pytest.raises(ValueError, match=rf"^metric: {name} .* the model's task is {task}; remove"):
+        build.build_metric(config, task, ["a"])
+
+
+def test_processes_share_the_counting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that counted for all would take longer than the others wait for it."""
     text = TEXT.format(root=tmp_path / "data", out=tmp_path, weights="inverse", rare="0.9")
     config = loads(text, "test")
-    data = build.build_data(config)
-    main, other = (build.build_model(config, data) for _ in range(2))
-    said: list[Any] = []
-    monkeypatch.setattr(Runtime, "agree", lambda _, value: said.append(value) or value)
-    build.weigh_classes(main, data.train, replace(CPU, world_size=2))
-    next(build.training_loader(config, data, main, replace(CPU, world_size=2)))
+    train = build.build_data(config).train
+    alone, member = (build.build_model(config, build.build_data(config)) for _ in range(2))
+    build.weigh_classes(alone, train, CPU)
+    repeats = build.image_repeats(config, train, CPU)
 
-    counts = iter(said)
-    monkeypatch.setattr(Runtime, "agree", lambda _, value: next(counts) if value is None else value)
-    monkeypatch.setattr(build, "class_frequencies", pytest.fail)
-    monkeypatch.setattr(build, "repeat_factors", pytest.fail)
-    build.weigh_classes(other, data.train, replace(CPU, rank=1, world_size=2))
-    next(build.training_loader(config, data, other, replace(CPU, rank=1, world_size=2)))
-    assert torch.equal(
-        main.head.criterion.class_weights, other.head.criterion.class_weights
-    )  # fmt: skip
+    ranks = [replace(CPU, rank=rank, world_size=5) for rank in range(5)]  # 24 images: 5 5 5 5 4
+    read, said = [], list[list[Any]]([[], []])
+    target = type(train).target
+    monkeypatch.setattr(type(train), "target", lambda *a: read.append(a[1]) or target(*a))
+    monkeypatch.setattr(Runtime, "gather", lambda _, value: said[0].append(value) or [value])
+    for rank in ranks:
+        build.weigh_classes(member, train, rank)
+    assert sorted(read) == [*range(24)]
+    monkeypatch.setattr(Runtime, "gather", lambda *_: said[0])
+    build.weigh_classes(member, train, ranks[1])
+    for rank in ranks:
+        share = range(rank.rank, 24, 5)
+        said[1].append(images_with_class(train, images=share))
+    monkeypatch.setattr(Runtime, "gather", lambda *_: said[1])
+    assert (build.image_repeats(config, train, ranks[1]) == repeats).all()
+    weights = [model.head.criterion.class_weights for model in (alone, member)]
+    assert torch.equal(*weights)

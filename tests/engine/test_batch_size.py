@@ -163,6 +163,17 @@ def test_processes_take_the_smallest_number(config, monkeypatch):
     assert settle(config, place, train_module.step).train.batch_size == 8
 
 
+def test_logs_do_not_have_the_memory_of_trials(config, monkeypatch):
+    """They tell the highest use so far, and trials drive it to the limit."""
+    events = []
+    give(monkeypatch, 1e12)
+    monkeypatch.setattr(batch_size, "find_by_trial", lambda *_: events.append("trial") or (4, 0))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: events.append("reset"))
+    found = settle(config, Runtime(torch.device("cuda")), train_module.step)
+    assert found.train.batch_size == 4 and events == ["trial", "reset"]
+
+
 def test_trials_run_the_real_step_until_it_fails(config, monkeypatch, capsys):
     """What a GPU does, with an allocator that fails above 6 images and a meter made of them."""
     give(monkeypatch, 1e12)

@@ -52,6 +52,7 @@ def test_the_metric_names_the_headline_and_its_direction() -> None:
     both = Several([metric, ImageLabels(["x"])])
     assert headline_of(both, "ECE") == Headline("ECE", lower=True)
     assert headline_of(both, "image_mAP") == Headline("image_mAP")
+    assert headline_of(both, "image_AP/x") == Headline("image_AP/x")
 
 
 @pytest.mark.parametrize(
@@ -59,6 +60,7 @@ def test_the_metric_names_the_headline_and_its_direction() -> None:
     [
         (MeanIoU(["a", "b"]), "mIOU", "mIoU"),
         (MeanIoU(["a", "b"]), "ECE", "aAcc, mIoU, mAcc, fwIoU, mDice"),
+        (MeanIoU(["road", "sky"]), "IoU/raod", "Did you mean 'IoU/road'"),
         (CocoMetric(["a"]), "AP5", "AP50"),
         (PanopticQuality(["a", "b"], things=["a"]), "SP", "SQ"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from vitdense import config
 from vitdense.config import ConfigError
 from vitdense.data.base import DataError
-from vitdense.engine.check import check, shapes
+from vitdense.engine.check import check, shapes, values
 
 CONFIG = """\
 model:
@@ -51,7 +52,7 @@ def test_a_detector_says_its_losses_and_frozen_parameters() -> None:
     changes = [head, "model.backbone.frozen=true", "data.transforms={name: detection, size: 64}"]
     changes += ["data.dataset.task=detection"]
     text = check(config.loads(CONFIG, overrides=changes))
-    assert "M parameters, 0.00 M of them trainable" in text
+    assert re.search(r"TimmBackbone, (\d+\.\d\d M) parameters, \1 of them frozen", text)
     assert "objects, truth: labels, boxes" in text
     assert "loss/class" in text
     assert "float32 [5, 4]" in text
@@ -80,6 +81,22 @@ def test_a_truth_of_another_task_is_an_error_of_the_user(
         check(config.loads(CONFIG, overrides=changes))
 
 
+@pytest.mark.parametrize(
+    ("truth", "head", "message"),
+    [
+        ("detection", "linear", "has no `semantic`, from which the task of the model, semantic, "),
+        ("semantic", "{name: detr, queries: 4}", "has no `labels`, from which the task of the "),
+        ("detection", "{name: mask2former, task: instance, width: 16}", "has no `masks`, from"),
+    ],
+)
+def test_a_truth_that_lacks_what_the_task_is_learnt_from(
+    truth: str, head: str, message: str
+) -> None:
+    changes = [f"model.head={head}", f"data.dataset.task={truth}", "data.transforms=none"]
+    with pytest.raises(ValueError, match=f"^data.dataset: the truth in shapes {message}"):
+        check(config.loads(CONFIG, overrides=changes))
+
+
 def test_one_class_of_pixels_is_an_error_of_the_user() -> None:
     for folder in ("images", "annotations"):
         for split in ("train", "val"):
@@ -93,6 +110,12 @@ def test_one_class_of_pixels_is_an_error_of_the_user() -> None:
     Path("set/classes.txt").write_text("wall\ncrack\n")
     changes[0] = "data.dataset={name: ade20k, reduce_zero_label: false}"
     assert "2 classes: wall, crack" in check(config.loads(CONFIG, overrides=changes))
+
+
+def test_deep_images_show_their_values() -> None:
+    assert values(torch.zeros(2, 1, 4, 4, dtype=torch.uint8)) == ""
+    found = values(torch.linspace(0, 15.9375, 32).view(2, 1, 4, 4))
+    assert found == " with values from 0 to 15.94 of 0..255"
 
 
 def test_shapes_of_nested_values() -> None:

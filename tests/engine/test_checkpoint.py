@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
 from vitdense.config import Part
-from vitdense.engine import checkpoint
+from vitdense.engine import checkpoint, pictures
 from vitdense.engine.checkpoint import CheckpointError, Meta
 
 META = Meta("seed: 0\n", ["cat", "dog"], [3, 7], "semantic", 12, {"mIoU": 0.5, "x": None}, "0.1")
@@ -74,9 +75,24 @@ def test_state_is_loaded_without_running_code(tmp_path: Path) -> None:
         checkpoint.load_state(path)
 
 
+def test_a_picture_is_never_half_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "pictures" / "step_000002.jpg"
+    pictures._write(torch.zeros(3, 8, 8, dtype=torch.uint8), path)
+    whole = path.read_bytes()
+
+    def breaks(self: Image.Image, place: Path, *args: Any, **options: Any) -> None:
+        Path(place).write_bytes(whole[:50])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", breaks)
+    with pytest.raises(CheckpointError, match="No space left"):
+        pictures._write(torch.ones(3, 8, 8, dtype=torch.uint8), path)
+    assert path.read_bytes() == whole and len([*path.parent.iterdir()]) == 1
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "state.pt"
-    checkpoint.save_state(path, {"step": 1})
+    checkpoint.write_state(path, {"step": 1})
 
     def write(partial: Path) -> None:
         partial.write_bytes(b"half of it")

@@ -228,6 +228,23 @@ def test_a_scaler_may_skip_a_step() -> None:
     assert tally.read() == {"loss": 1.0, "loss/a": 1.0, "grad_norm": 3.0}
 
 
+def test_keeping_a_faulty_step_asks_no_other_process(
+    make: Make, breaks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may know nothing of it, and be at their end already."""
+    breaks(3, lambda logits: logits.log())
+    counts: list[Any] = []
+    count = faults.build.image_repeats
+    monkeypatch.setattr(
+        faults.build, "image_repeats", lambda *facts: counts.append(facts) or count(*facts)
+    )
+    config = make("data.rare=0.9")
+    with pytest.raises(NonFiniteLoss):
+        train(config)
+    assert (config.output / "faults/step_000003/rank_0_batch_0.safetensors").exists()
+    assert len(counts) == 1
+
+
 def change(
     config: Config, monkeypatch: pytest.MonkeyPatch, at: int, act: Callable[[], Any]
 ) -> None:
@@ -355,16 +372,20 @@ def test_a_batch_is_written_whole(tmp_path: Path) -> None:
     assert again.targets[0].masks is None and again.targets[1].labels is None
 
 
-def test_a_full_disk_hides_no_fault(
-    make: Make, breaks: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "other", [SafetensorError("I/O error: No space left on device"), TypeError("int64 is no JSON")]
+)
+def test_what_cannot_be_kept_hides_no_fault(
+    make: Make, breaks: Any, monkeypatch: pytest.MonkeyPatch, other: Exception
 ) -> None:
     breaks(2, lambda logits: logits.log())
 
-    def full(*args: Any) -> None:
-        raise SafetensorError("I/O error: No space left on device")
+    def fails(*args: Any) -> None:
+        raise other
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
-    with pytest.raises(NonFiniteLoss, match=r"cross_entropy = nan.*could not be kept: .*No space"):
+    monkeypatch.setattr("safetensors.torch.save_file", fails)
+    said = str(other).rpartition(": ")[2]
+    with pytest.raises(NonFiniteLoss, match=rf"cross_entropy = nan.*could not be kept: .*{said}"):
         train(make())
 
 

@@ -115,6 +115,21 @@ def test_advice_leaves_out_what_is_done_already(config, make):
     assert "while batches were read" in reading and "data.workers" in reading
 
 
+@pytest.mark.parametrize(
+    ("native", "precision", "named"),
+    [(True, "fp32", "bf16"), (False, "fp32", "fp16"), (True, "auto", None), (True, "fp16", None)],
+)
+def test_a_gpu_is_advised_to_the_type_that_it_has(make, monkeypatch, native, precision, named):
+    monkeypatch.setattr(memory, "_usage", lambda _: "the memory is too small")
+    for module in (memory, train_module.runtime):
+        monkeypatch.setattr(module, "has_bf16", lambda: native)
+    config = make(f"train.precision={precision}")
+    said = training_advice(config, 7, (2, 3, 32, 32), torch.device("cuda"))
+    assert [name for name in ("bf16", "fp16") if f"train.precision={name}" in said] == (
+        [named] if named else []
+    )
+
+
 def test_prediction_says_what_to_change(tiny_model, monkeypatch):
     monkeypatch.setattr(tiny_model, "predict", lambda *_: raising(MemoryError()))
     with pytest.raises(OutOfMemory) as caught:

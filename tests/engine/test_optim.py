@@ -67,7 +67,9 @@ def test_layer_decay_by_depth(tiny_model: Model) -> None:
 
 def test_layer_decay_needs_an_order(tiny_model: Model) -> None:
     tiny_model.backbone.layer_depths = dict  # type: ignore[method-assign, assignment]
-    with pytest.raises(ValueError, match="^layer_decay: TinyBackbone knows no depth of 'pos"):
+    with pytest.raises(
+        ValueError, match="^optimizer.layer_decay: TinyBackbone knows no depth of 'pos"
+    ):
         parameter_groups(tiny_model, 0.05, layer_decay=0.9)
 
 
@@ -84,7 +86,7 @@ def test_scales_by_parts_of_names(tiny_model: Model) -> None:
 
 @pytest.mark.parametrize("part", ["hea", "heads", "blocks.weight", ""])
 def test_a_scale_of_nothing_is_an_error(tiny_model: Model, part: str) -> None:
-    with pytest.raises(ValueError, match=f"^scales: no parameter is called '{part}'"):
+    with pytest.raises(ValueError, match=f"^optimizer.scales: no parameter is called '{part}'"):
         parameter_groups(tiny_model, 0.05, scales={part: 0.1})
     with pytest.raises(ValueError, match=r"Did you mean 'head'\? Parts are backbone, "):
         parameter_groups(tiny_model, 0.05, scales={"haed": 0.1})

@@ -17,11 +17,12 @@ import torch
 
 from tests.engine.small import Make, assert_same
 from vitdense import cli
-from vitdense.config import Config, dump
-from vitdense.engine import checkpoint
+from vitdense.config import Config, ConfigError, dump
+from vitdense.engine import checkpoint, folder
 from vitdense.engine import run as run_module
 from vitdense.engine import train as train_module
 from vitdense.engine.observers import read_records
+from vitdense.engine.runtime import Runtime
 from vitdense.engine.states import States, entries_in
 from vitdense.engine.stopping import Stopped
 from vitdense.engine.train import train
@@ -210,6 +211,19 @@ def test_a_finished_run_without_checkpoints_is_left_alone(make: Make, command: T
     with pytest.raises(ValueError, match="without its checkpoints.*train.init=.*model.safetensors"):
         train(make("train.steps=3"), resume=True)
     assert contents(config.output) == before
+
+
+def test_whatever_is_wrong_with_a_folder_all_processes_are_told(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, told = make(), list[Any]()
+    config.output.mkdir(parents=True)
+    (config.output / "results.json").write_text("{}")
+    (config.output / "config.yaml").write_text("train: {")
+    monkeypatch.setattr(Runtime, "agree", lambda _, value: told.append(value) or value)
+    with pytest.raises(ConfigError):
+        folder.prepare(config, True, Runtime(torch.device("cpu"), 0, 2))
+    assert [type(it) for it in told] == [ConfigError]
 
 
 def test_resuming_what_never_began(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import namedtuple
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -42,11 +43,34 @@ def test_auto_takes_what_there_is() -> None:
     assert runtime.choose_precision("auto", torch.device("cpu")) == torch.float32
 
 
+def test_auto_leaves_emulated_bf16_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A V100 or a T4 computes in bf16 too, slower than in fp32."""
+    gpu = SimpleNamespace(major=7)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda _: True)
+    assert runtime.choose_precision("auto", torch.device("cuda")) == torch.float32
+    gpu.major = 8
+    assert runtime.choose_precision("auto", torch.device("cuda")) == torch.bfloat16
+
+
 def test_absent_devices_are_named() -> None:
     with pytest.raises(ValueError, match="^device: cuda:99 is not here"):
         runtime.choose_device("cuda:99")
     with pytest.raises(ValueError, match="^device: 'gpu' is no device"):
         runtime.choose_device("gpu")
+    with pytest.raises(ValueError, match="^device: mps has no float64"):
+        runtime.choose_device("mps")
+
+
+def test_processes_do_not_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    assert [runtime.choose_device("cuda", rank).index for rank in (0, 1)] == [0, 1]
+    assert runtime.choose_device("cuda:1").index == 1
+    with pytest.raises(ValueError, match="^device: cuda:0 is one GPU, and several processes"):
+        runtime.choose_device("cuda:0", 1)
 
 
 @dataclass

@@ -14,6 +14,7 @@ from tests.engine.small import assert_same
 from vitdense.engine import checkpoint, parts
 from vitdense.engine.checkpoint import CheckpointError
 from vitdense.engine.states import States, clone
+from vitdense.engine.stopping import Stopped
 
 
 def state(step: int, size: int = 1000) -> dict[str, Any]:
@@ -122,7 +123,7 @@ def test_a_torn_one_is_passed_over(how: str, tmp_path: Path) -> None:
 def test_a_wrong_bit_is_noticed_wherever_it_is(tmp_path: Path) -> None:
     """Or it is where it means nothing, as in the time of a file within."""
     path, written = tmp_path / "step_000005.pt", state(5, size=4) | {"names": ["a"]}
-    checkpoint.save_state(path, written)
+    checkpoint.write_state(path, written)
     whole, refused = path.read_bytes(), 0
     for place in range(0, len(whole), 5):
         wrong = bytearray(whole)
@@ -197,6 +198,9 @@ def test_a_failure_hides_no_other_error(tmp_path: Path, monkeypatch: pytest.Monk
         raise MemoryError
     with pytest.raises(CheckpointError, match="cannot be written: x"), states:
         states.save(1, state(1))
+    with pytest.raises(CheckpointError, match="cannot be written: x"), states:
+        states.save(1, state(1))
+        raise Stopped("stopped, all is saved")
 
 
 def test_the_system_says_why(tmp_path: Path) -> None:

@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tests.engine.small import SEGMENTATION, VIT, Make, assert_same, train_until_killed
 from vitdense.config import Config, ConfigError, dump, load
+from vitdense.data.base import DataError
 from vitdense.engine import build, checkpoint, runtime, stopping
 from vitdense.engine import run as run_module
 from vitdense.engine import train as train_module
@@ -22,6 +24,9 @@ from vitdense.engine.evaluate import evaluate
 from vitdense.engine.states import States
 from vitdense.engine.tally import NonFiniteLoss
 from vitdense.engine.train import train
+from vitdense.metrics.base import Metric
+from vitdense.models.base import Model
+from vitdense.structures import Batch, Frame, Prediction, Target
 
 DETECTION = f"""
 model: {VIT}
@@ -262,9 +267,84 @@ def test_splits_of_other_classes_are_refused(make: Make, shapes: Path, tmp_path:
         train(make("data.dataset=coco", f"data.root={tmp_path}", text=DETECTION))
 
 
-def test_options_of_the_optimizer_are_refused_by_name(make: Make) -> None:
+def test_an_absent_device_is_refused(make: Make) -> None:
     with pytest.raises((ValueError, ConfigError), match="device: cuda:7 is not here"):
         train(make("device=cuda:7"))
+
+
+def test_category_ids_may_be_of_numpy(make: Make) -> None:
+    config = make()
+    run = run_module.Run(config, runtime.Runtime(torch.device("cpu")))
+    run.data.train.category_ids = list(np.arange(1, 1 + len(run.data.train.classes)))
+    path = config.output / "model.safetensors"
+    checkpoint.save_model(path, run.model, run.meta())
+    assert checkpoint.read_meta(path).category_ids == [1, 2, 3, 4, 5, 6]
+
+
+def test_epochs_that_are_whole_steps_take_no_step_more(make: Make) -> None:
+    settings = make("train.steps=null", "train.epochs=100", "train.batch_size=100").train
+    assert build.build_length(settings, images=7).steps == 7  # 100 * 0.07 is above that
+    assert build.build_length(settings, images=8, world_size=3).steps == 3
+
+
+class Numbers(Metric):
+    """Numbers of numpy and torch, as metrics of one's own may give."""
+
+    headline = "mean"
+
+    def __init__(self, classes: list[str]) -> None:
+        super().__init__(classes)
+        self.calls: list[str] = []
+
+    def update(self, predictions: list[Prediction], batch: Batch) -> None:
+        self.calls.append("update")
+
+    def reset(self) -> None:
+        self.calls.append("reset")
+
+    def compute(self) -> dict[str, float]:
+        self.calls.append("compute")
+        return {"mean": np.mean([0.5, 1.0]), "least": torch.tensor(0.5)}  # type: ignore[dict-item]
+
+
+def test_an_evaluation_keeps_nothing_of_its_images(tiny_model: Model) -> None:
+    metric = Numbers(["a"])
+    evaluate(tiny_model, [], metric, torch.device("cpu"))
+    assert metric.calls == ["reset", "compute", "reset"]
+
+
+def test_two_images_of_one_id_are_an_error(tiny_model: Model) -> None:
+    """Metrics count an image once, so that one of them would be left out in silence."""
+    frame, target = Frame((8, 8), (8, 8), (8, 8)), Target(semantic=torch.zeros(8, 8).long())
+    batches = [
+        Batch(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), [target], [frame], ["a"], [Path(name)])
+        for name in ("x/a.jpg", "x/a.jpg", "y/a.jpg")
+    ]
+    device = torch.device("cpu")
+    evaluate(tiny_model, batches[:2], Numbers(["a"]), device)
+    with pytest.raises(DataError, match="^y/a.jpg: has the id 'a', and so has x/a.jpg; metrics"):
+        evaluate(tiny_model, batches, Numbers(["a"]), device)
+
+
+def test_a_run_goes_on_whatever_numbers_its_metric_gives(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "build_metric", lambda config, task, classes, *_: Numbers(classes))
+    train(make())
+    assert train(make("train.steps=6"), resume=True)["step"] == 6
+    assert records(make(), "evaluation")[0]["mean"] == 0.75
+
+
+def test_memory_is_pinned_for_a_gpu_alone(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU beside a busy GPU that would take some of its memory, or fail for lack of it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = make()
+    data = build.build_data(config)
+    model = build.build_model(config, data)
+    for device in ("cpu", "cuda"):
+        place = runtime.Runtime(torch.device(device))
+        loader = build.evaluation_loader(config, data, model, place).loader
+        assert loader.pin_memory == (device == "cuda")
 
 
 def test_two_processes_equal_one_with_twice_the_batch(make: Make, tmp_path: Path) -> None:

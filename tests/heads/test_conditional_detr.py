@@ -18,7 +18,7 @@ from vitdense.convert.conditional_detr import CONDITIONAL, DAB
 from vitdense.convert.names import rename
 from vitdense.heads.detection.detr import DetrHead
 from vitdense.ops.boxes import xyxy_to_relative
-from vitdense.structures import Frame, Level, Target
+from vitdense.structures import Frame, Level
 from vitdense.testing import check_head
 
 LEVELS = [Level(8, 8), Level(12, 16)]
@@ -67,15 +67,6 @@ def reference(kind: str, features: torch.Tensor) -> nn.Module:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     return model.double().eval()
-
-
-def make_targets(*counts: int) -> list[Target]:
-    targets = []
-    for count in counts:
-        start = torch.rand(count, 2) * torch.tensor([60.0, 40.0])
-        boxes = torch.cat((start, start + 4 + torch.rand(count, 2) * 20), 1)
-        targets.append(Target(labels=torch.randint(5, (count,)), boxes=boxes))
-    return targets
 
 
 @pytest.fixture
@@ -177,7 +168,7 @@ def test_outputs_equal_transformers_in_float32(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("counts", [(3, 2), (0, 4), (0, 0)])
-def test_losses_equal_transformers(kind, counts):
+def test_losses_equal_transformers(kind, counts, make_targets):
     torch.manual_seed(0)
     features = [torch.randn(2, 8, 8, 12), torch.randn(2, 12, 4, 6)]
     config = reference(kind, features[1]).config
@@ -254,7 +245,7 @@ def test_a_query_answers_for_every_class(kind):
 
 @pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16, None])
 @pytest.mark.parametrize("kind", KINDS)
-def test_degenerate_references_stay_finite(kind, precision):
+def test_degenerate_references_stay_finite(kind, precision, make_targets):
     torch.manual_seed(0)
     features = [torch.randn(2, 8, 8, 12), torch.randn(2, 12, 4, 6)]
     head = DetrHead(LEVELS, 5, query_kind=kind, **SMALL)

@@ -18,7 +18,7 @@ from vitdense.convert.deformable_detr import names
 from vitdense.convert.names import rename
 from vitdense.heads.detection.deformable_detr import DeformableDetrHead, choose_levels
 from vitdense.ops.boxes import xyxy_to_relative
-from vitdense.structures import Frame, Level, Target
+from vitdense.structures import Frame, Level
 from vitdense.testing import check_head
 
 LEVELS = [Level(6, 4), Level(8, 8), Level(12, 16)]
@@ -85,15 +85,6 @@ def reference(features: list[torch.Tensor], **changes) -> DeformableDetrForObjec
     return model.double().eval()
 
 
-def make_targets(*counts: int) -> list[Target]:
-    targets = []
-    for count in counts:
-        start = torch.rand(count, 2) * torch.tensor([60.0, 40.0])
-        boxes = torch.cat((start, start + 4 + torch.rand(count, 2) * 20), 1)
-        targets.append(Target(labels=torch.randint(5, (count,)), boxes=boxes))
-    return targets
-
-
 @pytest.fixture
 def features():
     torch.manual_seed(0)
@@ -152,7 +143,7 @@ def test_outputs_of_all_layers_equal_transformers(pair, features, monkeypatch):
 
 
 @pytest.mark.parametrize("counts", [(3, 2), (0, 4), (1, 0)])
-def test_losses_equal_transformers(pair, features, counts):
+def test_losses_equal_transformers(pair, features, counts, make_targets):
     ours, theirs = pair
     outputs = ours(features)
     targets = make_targets(*counts)
@@ -179,7 +170,7 @@ def test_losses_equal_transformers(pair, features, counts):
 
 
 @pytest.mark.parametrize("aware", [False, True])
-def test_encoder_losses_equal_transformers_criterion(features, aware):
+def test_encoder_losses_equal_transformers_criterion(features, aware, make_targets):
     # transformers leaves the first stage untrained, so its criterion is called for it here
     head = DeformableDetrHead(LEVELS, 5, class_aware_proposals=aware, **SMALL).double()
     outputs = head(features)

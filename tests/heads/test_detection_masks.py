@@ -26,6 +26,7 @@ from vitdense.heads.detection.masks import MaskBranch
 from vitdense.losses import dot_masks
 from vitdense.losses.dot_masks import DotMasks
 from vitdense.losses.points import sample_maps
+from vitdense.ops import rows
 from vitdense.ops.masks import masks_to_boxes
 from vitdense.ops.restoring import restore_products
 from vitdense.structures import Frame, Level, Target
@@ -312,23 +313,25 @@ FRAMES = [
 
 
 @pytest.mark.parametrize("frame", FRAMES, ids=str)
-def test_masks_lie_in_original_pixels(frame):
+def test_masks_lie_in_original_pixels(frame, monkeypatch):
     torch.manual_seed(0)
     embeddings, pixels = torch.randn(5, 8), torch.randn(8, 16, 24)
     logits = frame.restore_map(torch.einsum("nm,mhw->nhw", embeddings, pixels))
     sure = logits.abs() > 1e-5  # the order of a sum is another for fewer rows
     assert sure.float().mean() > 0.999
-    for chunk in (None, 1, 1000):
-        found = restore_products(embeddings, pixels, frame, chunk)
+    for chunk in (2**20, 1, 1000):
+        monkeypatch.setitem(rows.CHUNK, "cpu", chunk)
+        found = restore_products(embeddings, pixels, frame)
         assert torch.equal(found[sure], logits[sure] > 0)
     assert restore_products(embeddings[:0], pixels, frame).shape == (0, *frame.original)
 
 
 @pytest.mark.parametrize("chunk", [3000, 600 * 400])
-def test_memory_of_answers_is_bounded(chunk):
+def test_memory_of_answers_is_bounded(chunk, monkeypatch):
+    monkeypatch.setitem(rows.CHUNK, "cpu", chunk)
     frame = Frame((64, 96), (60, 90), (400, 600))
     with Largest() as largest:
-        restore_products(torch.randn(40, 4), torch.randn(4, 16, 24), frame, chunk)
+        restore_products(torch.randn(40, 4), torch.randn(4, 16, 24), frame)
     assert largest.numbers <= max(chunk, 40 * 600)
 
 

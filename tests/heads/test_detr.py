@@ -13,7 +13,7 @@ from vitdense.convert.names import rename
 from vitdense.heads.detection.detr import DetrHead
 from vitdense.losses.set_criterion import SetCriterion
 from vitdense.ops.boxes import xyxy_to_relative
-from vitdense.structures import Frame, Level, Target
+from vitdense.structures import Frame, Level
 from vitdense.testing import check_head
 
 LEVELS = [Level(8, 8), Level(12, 16)]
@@ -60,15 +60,6 @@ def reference(features: torch.Tensor, **changes) -> DetrForObjectDetection:
     return model.double().eval()
 
 
-def make_targets(*counts: int) -> list[Target]:
-    targets = []
-    for count in counts:
-        start = torch.rand(count, 2) * torch.tensor([60.0, 40.0])
-        boxes = torch.cat((start, start + 4 + torch.rand(count, 2) * 20), 1)
-        targets.append(Target(labels=torch.randint(5, (count,)), boxes=boxes))
-    return targets
-
-
 @pytest.fixture
 def features():
     torch.manual_seed(0)
@@ -107,7 +98,7 @@ def test_earlier_layers_equal_a_shorter_decoder(pair, features, layers):
 
 
 @pytest.mark.parametrize("counts", [(3, 2), (0, 4), (1, 0)])
-def test_losses_equal_transformers(pair, features, counts):
+def test_losses_equal_transformers(pair, features, counts, make_targets):
     ours, theirs = pair
     # transformers weighs classes in float32 whatever the model's type
     outputs = ours.float()([x.float() for x in features])

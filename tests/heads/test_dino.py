@@ -13,7 +13,7 @@ from transformers import DeformableDetrConfig
 from transformers.models.deformable_detr import modeling_deformable_detr as theirs
 
 from vitdense.heads.detection.dino import DinoHead
-from vitdense.structures import Level, Target
+from vitdense.structures import Level
 from vitdense.testing import check_head
 
 LEVELS = [Level(6, 4), Level(8, 8), Level(12, 16)]
@@ -215,15 +215,6 @@ def pair(request):
     return head.double().eval(), reference.double().eval()
 
 
-def make_targets(*counts: int) -> list[Target]:
-    targets = []
-    for count in counts:
-        start = torch.rand(count, 2) * torch.tensor([60.0, 40.0])
-        boxes = torch.cat((start, start + 4 + torch.rand(count, 2) * 20), 1)
-        targets.append(Target(labels=torch.randint(CLASSES, (count,)), boxes=boxes))
-    return targets
-
-
 def test_outputs_of_all_layers_equal_the_reference(pair, features):
     ours, reference = pair
     outputs = ours(features)
@@ -304,7 +295,7 @@ def test_conforms(options):
     check_head(DinoHead, **(SMALL | options))
 
 
-def test_loss_has_the_terms_of_every_part(features):
+def test_loss_has_the_terms_of_every_part(features, make_targets):
     head = DinoHead(LEVELS, CLASSES, **SMALL).double()
     names = [
         name + suffix
@@ -332,7 +323,7 @@ def test_uses_the_costs_and_constants_of_the_paper():
     assert {predictor.eps for predictor in head.decoder.predictors} == {1e-3}
 
 
-def test_learned_references_need_no_encoder(features):
+def test_learned_references_need_no_encoder(features, make_targets):
     options = SMALL | dict(two_stage=False, encoder_layers=0, denoising=0)
     head = DinoHead(LEVELS, CLASSES, **options).double()
     outputs = head(features)

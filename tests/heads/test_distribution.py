@@ -16,7 +16,7 @@ from vitdense.losses.distribution import edge_distances
 from vitdense.losses.matcher import Truths
 from vitdense.losses.set_criterion import Queries
 from vitdense.ops.boxes import cxcywh_to_xyxy, xyxy_to_relative
-from vitdense.structures import Level, Target
+from vitdense.structures import Level
 from vitdense.testing import check_head
 
 LEVELS = [Level(8, 8), Level(12, 16), Level(16, 32)]
@@ -104,15 +104,6 @@ def test_outputs_of_all_layers_equal_transformers(pair, features, monkeypatch):
         torch.testing.assert_close(found.transpose(0, 1), theirs, atol=1e-8, rtol=0, msg=name)
 
 
-def make_targets(*counts):
-    targets = []
-    for count in counts:
-        start = torch.rand(count, 2) * torch.tensor([60.0, 40.0])
-        boxes = torch.cat((start, start + 4 + torch.rand(count, 2) * 20), 1)
-        targets.append(Target(labels=torch.randint(5, (count,)), boxes=boxes))
-    return targets
-
-
 def local_terms(criterion, part, layer, matches, targets, normalizer):
     """transformers' `loss_local` of one layer, in float32; matches int64 [B, T] of each group."""
     labels = [{"boxes": xyxy_to_relative(t.boxes, CANVAS)} for t in targets]
@@ -138,7 +129,7 @@ def local_terms(criterion, part, layer, matches, targets, normalizer):
 
 @pytest.mark.parametrize("counts", [(3, 2), (0, 2), (12, 1)])
 @pytest.mark.parametrize("kind", ["", "_denoising"])
-def test_losses_of_distributions_equal_transformers(pair, features, counts, kind):
+def test_losses_of_distributions_equal_transformers(pair, features, counts, kind, make_targets):
     ours, theirs = pair
     ours.train()
     targets = make_targets(*counts)
@@ -164,7 +155,7 @@ def test_losses_of_distributions_equal_transformers(pair, features, counts, kind
             )
 
 
-def test_terms_are_weighed_and_only_layers_have_distributions(features):
+def test_terms_are_weighed_and_only_layers_have_distributions(features, make_targets):
     head = RTDetrHead(LEVELS, 5, **SMALL).double()
     losses = head.loss(head(features, targets := make_targets(2, 3)), targets)
     terms = {"class", "box", "giou"}

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vitdense.heads.base import Head
 from vitdense.models.pyramid import PyramidModel
 from vitdense.registry import BACKBONES, HEADS
-from vitdense.structures import Level, Target
+from vitdense.structures import Frame, Level, Target
 
 LEVELS = [Level(8, 8), Level(12, 16)]
 CANVAS = (64, 96)
@@ -127,6 +127,14 @@ def test_a_step_copies_to_the_host_once(name, options, counts):
 
     # numpy() is called on what cpu() gave
     assert waits_of(step) == ["cpu", "numpy"]
+
+
+def test_boxes_are_answered_without_waiting():
+    torch.manual_seed(0)
+    head = build("rtdetr", {}).eval()
+    outputs = head([torch.randn(1, 8, 8, 12), torch.randn(1, 12, 4, 6)])
+    frame = Frame(CANVAS, (60, 90), (120, 181))
+    assert waits_of(lambda: head.predict(outputs, [frame])) == []
 
 
 def test_every_detection_head_is_tested():

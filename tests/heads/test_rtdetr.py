@@ -17,7 +17,7 @@ from vitdense.convert import rename
 from vitdense.convert.rtdetr import head_rules
 from vitdense.heads.detection.rtdetr import RTDetrHead
 from vitdense.ops.boxes import xyxy_to_relative
-from vitdense.structures import Level, Target
+from vitdense.structures import Level
 from vitdense.testing import check_head
 
 LEVELS = [Level(6, 4), Level(8, 8), Level(12, 16), Level(16, 32)]
@@ -143,15 +143,6 @@ def test_outputs_equal_transformers_in_single_precision(features):
     torch.testing.assert_close(outputs.boxes[-1], expected.pred_boxes, atol=1e-4, rtol=0)
 
 
-def make_targets(*counts):
-    targets = []
-    for count in counts:
-        start = torch.rand(count, 2) * torch.tensor([60.0, 40.0])
-        boxes = torch.cat((start, start + 4 + torch.rand(count, 2) * 20), 1)
-        targets.append(Target(labels=torch.randint(5, (count,)), boxes=boxes))
-    return targets
-
-
 def as_labels(targets):
     return [
         {"class_labels": t.labels, "boxes": xyxy_to_relative(t.boxes.double(), CANVAS)}
@@ -185,7 +176,7 @@ def double():
 
 
 @pytest.mark.parametrize("counts", [(3, 2), (0, 4), (14, 1)])
-def test_losses_and_gradients_equal_transformers(pair, features, counts, double):
+def test_losses_and_gradients_equal_transformers(pair, features, counts, double, make_targets):
     ours, theirs = (model.train() for model in pair)
     # transformers cuts the graph between layers where the authors look forward twice
     ours.decoder.look_twice = False
@@ -211,7 +202,7 @@ def test_losses_and_gradients_equal_transformers(pair, features, counts, double)
         torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
 
 
-def test_losses_in_evaluation_have_no_denoising(features):
+def test_losses_in_evaluation_have_no_denoising(features, make_targets):
     theirs = reference("rt_detr", features)
     ours = head_like(theirs)
     targets = make_targets(2, 3)
@@ -222,7 +213,7 @@ def test_losses_in_evaluation_have_no_denoising(features):
         torch.testing.assert_close(losses[name], term, atol=1e-8, rtol=1e-6)
 
 
-def test_looking_twice_changes_gradients_and_not_losses(features):
+def test_looking_twice_changes_gradients_and_not_losses(features, make_targets):
     head = head_like(reference("rt_detr", features))
     targets = make_targets(3, 2)
     results = []
@@ -260,7 +251,7 @@ def test_reads_any_number_of_levels_and_makes_the_missing_ones(features, count):
     assert outputs.logits.shape == (3, 2, 10, 5) and outputs.canvas == CANVAS
 
 
-def test_fewer_cells_than_queries_become_fewer_queries(features):
+def test_fewer_cells_than_queries_become_fewer_queries(features, make_targets):
     head = RTDetrHead(LEVELS, 5, **(SMALL | dict(queries=500, learned_content=True))).double()
     cells = 8 * 12 + 4 * 6 + 2 * 3
     targets = make_targets(1, 2)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vitdense.heads.segmentation.base import resize
 from vitdense.heads.segmentation.segformer import SegFormerHead
+from vitdense.layers.resize import resize
 from vitdense.structures import IGNORE, Level, Target
 
 LEVELS = [Level(8, 4), Level(12, 8), Level(16, 16), Level(20, 32)]

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from vitdense.heads.segmentation.base import SemanticOutputs, classify
-from vitdense.heads.segmentation.blocks import ConvNorm, pool
+from vitdense.heads.segmentation.blocks import ConvNormReLU, pool
 from vitdense.heads.segmentation.upernet import UPerNetHead
 from vitdense.layers.norm import make_norm
+from vitdense.ops import rows
 from vitdense.structures import IGNORE, Frame, Level, Target
 
 WIDTHS = [8, 16, 24, 32]
@@ -253,7 +254,7 @@ def test_exports_with_sizes_known_at_run_time() -> None:
 def test_auxiliary_level_is_the_one_nearest_to_stride_16() -> None:
     def width_read(levels: list[Level], **options: int) -> int:
         aux = UPerNetHead(levels, 5, **SMALL, **options).aux
-        assert aux is not None and isinstance(aux[0], ConvNorm)
+        assert aux is not None and isinstance(aux[0], ConvNormReLU)
         return aux[0][0].in_channels
 
     assert width_read(LEVELS) == 24
@@ -271,10 +272,13 @@ def test_works_on_one_level_and_with_other_pool_scales() -> None:
 
 @pytest.mark.parametrize("chunk", [1, 3 * 90 * 70, 10**9])
 @pytest.mark.parametrize("canvas", [(64, 96), (90, 70)])
-def test_answers_are_the_best_class_of_resized_logits(chunk: int, canvas: tuple[int, int]) -> None:
+def test_answers_are_the_best_class_of_resized_logits(
+    chunk: int, canvas: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(rows.CHUNK, "cpu", chunk)
     frame = Frame(canvas, (60, 70), (90, 67))
     logits = torch.randn(10, 16, 24)
-    answer = classify(logits, frame, chunk)
+    answer = classify(logits, frame)
     assert answer.dtype == torch.int64
     assert torch.equal(answer, frame.restore_map(logits).argmax(0))
 

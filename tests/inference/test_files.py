@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from vitdense.data.base import DataError
+from vitdense.data.images import list_images
 from vitdense.inference.files import find_images, unique_names
 
 
@@ -22,7 +23,23 @@ def folder(tmp_path) -> Path:
 
 def test_a_folder_with_its_subfolders(folder):
     assert [file.name for file in find_images([folder])] == ["a", "b", "sub/a", "sub/deep/c"]
-    assert [file.image_id for file in find_images([folder])] == ["a", "b", "a", "c"]
+    assert [file.image_id for file in find_images([folder])] == ["a", "b", "sub/a", "c"]
+
+
+def test_hidden_files_are_no_images(folder):
+    """Copies that notebooks and other systems' archives leave behind."""
+    (folder / "._a.jpg").touch()
+    (folder / ".ipynb_checkpoints").mkdir()
+    (folder / ".ipynb_checkpoints" / "a.jpg").touch()
+    assert [file.name for file in find_images([folder])] == ["a", "b", "sub/a", "sub/deep/c"]
+    assert list_images(folder) == ["a.jpg", "b.PNG"]
+
+
+def test_two_images_never_share_an_id(folder):
+    """Of one stem in two folders, or with two suffixes."""
+    (folder / "b.jpg").touch()
+    ids = [file.image_id for file in find_images([folder])]
+    assert len(ids) == len(set(ids)) == 5
 
 
 def test_a_file_and_a_pattern(folder):
@@ -61,6 +78,42 @@ def test_ids_of_a_coco_file(tmp_path, places):
     annotations.write_text(json.dumps({"images": [{"id": 42, "file_name": "x.jpg"}]}))
     ids = {file.path.name: file.image_id for file in find_images([images])}
     assert ids == {"x.jpg": 42, "new.jpg": "new"}
+
+
+def test_ids_of_images_that_only_one_of_two_files_lists(tmp_path):
+    images, annotations = tmp_path / "images/val", tmp_path / "annotations"
+    images.mkdir(parents=True)
+    annotations.mkdir()
+    for kind, keys in (("instances", (1, 2)), ("panoptic", (2, 3))):
+        entries = [{"id": key, "file_name": f"{' abc'[key]}.jpg"} for key in keys]
+        (annotations / f"{kind}_val.json").write_text(json.dumps({"images": entries}))
+    for name in "abc":
+        (images / f"{name}.jpg").touch()
+    assert [file.image_id for file in find_images([images])] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("given", ["images/val", "images", "images/val/cam1", "images/val/*/1.jpg"])
+def test_ids_of_images_in_subfolders(tmp_path, given):
+    """By their path below the folder of the split, whichever folder is asked for."""
+    images, file = tmp_path / "images/val", tmp_path / "annotations/instances_val.json"
+    names = ["cam1/1.jpg", "cam2/1.jpg", "./cam2/2.jpg"]
+    for name in names:
+        (images / name).parent.mkdir(parents=True, exist_ok=True)
+        (images / name).touch()
+    file.parent.mkdir()
+    listed = [{"id": 7 + place, "file_name": name} for place, name in enumerate(names)]
+    file.write_text(json.dumps({"images": listed}))
+    found = find_images([tmp_path / given])
+    ids = {file.path.relative_to(images).as_posix(): file.image_id for file in found}
+    known = {"cam1/1.jpg": 7, "cam2/1.jpg": 8, "cam2/2.jpg": 9}
+    assert ids and ids.items() <= known.items()
+
+
+def test_a_name_that_a_coco_file_has_twice_is_no_id(tmp_path):
+    listed = [{"id": k, "file_name": f"{k}/x.jpg"} for k in (1, 2)]
+    (tmp_path / "_annotations.coco.json").write_text(json.dumps({"images": listed}))
+    (tmp_path / "x.jpg").touch()
+    assert [file.image_id for file in find_images([tmp_path])] == ["x"]
 
 
 def test_ids_of_cityscapes_are_those_of_its_panoptic_file(tmp_path):

@@ -127,11 +127,27 @@ def test_what_is_no_image(segmenter, image, message):
         vitdense.load(segmenter, device="cpu")(image)
 
 
+def test_what_is_no_image_in_a_list_is_named_by_its_place(segmenter):
+    grey, odd = np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8)
+    with pytest.raises(ValueError, match=r"^images\[2\]: the model takes 3 channels"):
+        vitdense.load(segmenter, device="cpu")([grey, grey, odd], batch_size=1)
+
+
+def test_a_batch_size_is_at_least_1(segmenter):
+    predictor = vitdense.load(segmenter, device="cpu")
+    for size in (0, -1):
+        with pytest.raises(ValueError, match=f"^batch_size: {size} must be at least 1"):
+            predictor([np.zeros((8, 8), np.uint8)], batch_size=size)
+    assert predictor([]) == []
+
+
 def test_missing_files(segmenter, tmp_path):
     with pytest.raises(DataError, match="absent.jpg: no such file"):
         vitdense.load(segmenter, device="cpu")(tmp_path / "absent.jpg")
     with pytest.raises(CheckpointError, match="not found"):
         vitdense.load(tmp_path / "absent.safetensors")
+    with pytest.raises(CheckpointError, match="is a folder; name the model.safetensors in it"):
+        vitdense.load(tmp_path)
     with pytest.raises(ValueError, match="device: cuda:77"):
         vitdense.load(segmenter, device="cuda:77")
 

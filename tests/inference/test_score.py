@@ -259,6 +259,26 @@ def test_unknown_categories_are_left_out_and_unknown_images_are_faults(
     assert score("bbox", truth, found)["AP"] == 0
 
 
+def test_images_by_the_names_of_their_files(tmp_path: Path) -> None:
+    """As `predict` calls those of a folder without an annotation file; twins are not guessed."""
+    truth, found = tmp_path / "truth.json", tmp_path / "found.json"
+    names = ["photos/cam1/0007.jpg", "photos/cam2/0007.jpg", "photos/8.jpg"]
+    box = {"category_id": 1, "bbox": [1, 1, 8, 8]}
+    content = {
+        "categories": [{"id": 1, "name": "cat"}],
+        "images": [{"id": k, "file_name": name} for k, name in enumerate(names)],
+        "annotations": [{**box, "id": k, "image_id": k, "area": 64} for k in range(3)],
+    }
+    truth.write_text(json.dumps(content))
+    called = ("cam1/0007", "cam2/0007.jpg", "8")
+    results = [{**box, "image_id": name, "score": 1} for name in called]
+    found.write_text(json.dumps(results))
+    assert score("bbox", truth, found)["AP"] == pytest.approx(1)
+    found.write_text(json.dumps([{**results[0], "image_id": "0007"}]))
+    with pytest.raises(DataError, match="a detection is of image '0007', which"):
+        score("bbox", truth, found)
+
+
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
 def test_what_predict_writes_scores_as_in_training(kind: str, tmp_path: Path) -> None:
     """From the data set through the metric, and from the same files through `score`."""

@@ -18,6 +18,7 @@ from vitdense.config import ConfigError
 from vitdense.data.base import DataError
 from vitdense.data.shapes import ShapesDataset
 from vitdense.engine.checkpoint import CheckpointError, read_meta
+from vitdense.inference import tools
 from vitdense.inference.report import table, to_json
 from vitdense.inference.score import score
 from vitdense.inference.tools import evaluate, predict
@@ -93,6 +94,41 @@ def test_subfolders_are_kept(segmenter, photos, tmp_path):
     predict(segmenter, [tmp_path / "in"], tmp_path / "out", device="cpu")
     assert (tmp_path / "out" / "city" / "photo_0.jpg").exists()
     assert (tmp_path / "out" / "labels" / "city" / "photo_0.png").exists()
+
+
+@pytest.mark.parametrize("out", ["set", "set/images", "set/images/val", "set/images/val/out"])
+def test_nothing_is_written_above_the_images(detector, photos, tmp_path, capsys, out):
+    """Pictures would take their place, label maps that of the truth, and be predicted next time."""
+    folder = tmp_path / "set/images/val"
+    shutil.copytree(photos, folder)
+    (folder / "out").mkdir()
+    shutil.copy(photos / "photo_0.png", folder / "out" / "earlier.jpg")
+    before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*.*"))}
+    command = ["predict", str(detector), str(folder), "--out", str(tmp_path / out)]
+    assert cli.main(command) == 2
+    assert f"error: out: {tmp_path / out} holds " in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in sorted(tmp_path.rglob("*.*"))}
+
+
+def test_a_photo_on_its_side_is_turned_where_its_truth_was(detector, tmp_path, capsys):
+    """As in evaluation, so that the written boxes are in the pixels of the truth."""
+    folder = tmp_path / "val"
+    folder.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.zeros((40, 60, 3), dtype=np.uint8)).save(folder / "a.jpg", exif=exif)
+    listed = [{"id": 1, "file_name": "a.jpg", "width": 40, "height": 60}]
+    (folder / "_annotations.coco.json").write_text(json.dumps({"images": listed}))
+    predict(detector, [folder], tmp_path / "turned", device="cpu")
+    picture = Image.open(tmp_path / "turned/a.jpg")
+    assert picture.height > picture.width
+    assert "as they are stored" not in capsys.readouterr().err
+    (folder / "_annotations.coco.json").unlink()
+    predict(detector, [folder], tmp_path / "out", device="cpu")
+    picture = Image.open(tmp_path / "out/a.jpg")
+    assert picture.height < picture.width
+    told = capsys.readouterr().err
+    assert "1 of them are photos taken as they are stored" in told and str(folder / "a.jpg") in told
 
 
 def test_unreadable_images_are_left_out_and_told(detector, photos, tmp_path, capsys):
@@ -181,6 +217,19 @@ def test_commands_from_the_command_line(segmenter, tmp_path, capsys):
     assert json.loads(out.read_text())["mIoU"] > 0
     assert cli.main(["eval", str(tmp_path / "none.safetensors")]) == 2
     assert "none.safetensors: not found" in capsys.readouterr().err
+
+
+def test_numbers_are_written_before_they_are_printed(segmenter, tmp_path, monkeypatch):
+    """`vitdense eval model --json numbers.json | head -1` must not lose them."""
+
+    def hang_up(numbers: dict[str, float]) -> str:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(tools, "table", hang_up)
+    out = tmp_path / "numbers.json"
+    with pytest.raises(BrokenPipeError):
+        evaluate(segmenter, overrides=["train.batch_size=2"], json_path=out)
+    assert json.loads(out.read_text())["mIoU"] > 0
 
 
 def test_table():

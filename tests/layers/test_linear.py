@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitdense.layers.conv import Conv
-from vitdense.layers.linear import NARROW, WORTH, Linear
+from vitdense.layers.linear import MIN_FEATURES, MIN_MULTIPLICATIONS, Linear
 
 SIDE = 256
-ROWS = WORTH // SIDE**2  # from so many on, oneDNN is worth its start
+ROWS = MIN_MULTIPLICATIONS // SIDE**2  # from so many on, oneDNN is worth its start
 
 
 class Names(TorchDispatchMode):
@@ -74,7 +74,10 @@ def test_what_is_no_number_stays_so():
     "layer, x",
     [
         (Linear(SIDE, SIDE), torch.randn(ROWS // 2, SIDE)),
-        (Linear(NARROW // 2, SIDE), torch.randn(4 * ROWS * SIDE // NARROW, NARROW // 2)),
+        (
+            Linear(MIN_FEATURES // 2, SIDE),
+            torch.randn(4 * ROWS * SIDE // MIN_FEATURES, MIN_FEATURES // 2),
+        ),
         (Linear(SIDE, SIDE).double(), torch.randn(ROWS, SIDE).double()),
         (Linear(SIDE, SIDE), torch.randn(0, SIDE)),
     ],

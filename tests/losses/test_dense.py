@@ -11,7 +11,7 @@ from segmentation_models_pytorch import losses as smp
 from torch import Tensor
 
 from vitdense.losses.dense import NAMES, DenseLoss
-from vitdense.losses.pixels import balance, boundary, cross_entropy, hard_cross_entropy
+from vitdense.losses.pixels import balance, boundary, hard_cross_entropy
 from vitdense.structures import IGNORE
 
 CLASSES = 5
@@ -97,9 +97,9 @@ def test_all_ignored_is_zero_with_a_gradient(logits: Tensor, weights: list[float
 
 
 def test_classes_of_weight_zero_alone_are_zero(logits: Tensor) -> None:
-    weights = torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0])
-    loss = cross_entropy(logits, torch.zeros(2, 12, 16, dtype=torch.int64), weights)
-    assert loss.item() == 0.0
+    criterion = DenseLoss(CLASSES, class_weights=[0.0, 1.0, 1.0, 1.0, 1.0])
+    terms = criterion(logits, torch.zeros(2, 12, 16, dtype=torch.int64))
+    assert terms["cross_entropy"].item() == 0.0
 
 
 def test_one_ignored_image_does_not_change_the_mean_of_the_other(
@@ -129,6 +129,7 @@ def test_a_loss_has_no_state_and_can_be_copied(logits: Tensor, labels: Tensor) -
         ({"losses": {"hinge": 1.0}}, "losses: no 'hinge'. Known: cross_entropy, ohem, dice"),
         ({"losses": {}}, "losses: names no loss"),
         ({"class_weights": [1.0, 2.0]}, "class_weights: has 2 numbers, the data 5 classes"),
+        ({"class_weights": [0.0] * 5}, "class_weights: all are 0, so that nothing"),
         (
             {"losses": {"dice": 1.0}, "class_weights": [1.0] * CLASSES},
             "class_weights: is for `cross_entropy`",
@@ -203,5 +204,6 @@ def test_a_balanced_loss_weighs_what_the_data_lacks(logits: Tensor, labels: Tens
     assert torch.allclose(criterion(logits, labels)["cross_entropy"], plain)  # not told yet
     pixels = torch.tensor([8, 4, 2, 1, 1])
     criterion.set_frequencies(pixels, pixels)
-    expected = cross_entropy(logits, labels, balance(pixels, pixels, median=False))
+    weights = balance(pixels, pixels, median=False)
+    expected = F.cross_entropy(logits, labels, weights.to(logits), ignore_index=IGNORE)
     assert torch.allclose(criterion(logits, labels)["cross_entropy"], expected)

@@ -121,11 +121,19 @@ def test_a_point_of_weight_0_does_not_count():
         torch.testing.assert_close(loss(logits, truth, weight), expected)
 
 
+def test_the_last_pixel_of_a_large_mask_is_found():
+    masks = torch.zeros(1, 8193, 4096, dtype=torch.bool)  # more pixels than float32 can count
+    masks[0, -1, -1] = True
+    points = torch.tensor([[[4095.5 / 4096, 8192.5 / 8193], [4094.5 / 4096, 8192.5 / 8193]]])
+    found = at.sample_masks(masks, torch.tensor([0]), points)
+    torch.testing.assert_close(found, torch.tensor([[1.0, 0.0]]), atol=1e-2, rtol=0)
+
+
 def test_uncertain_points_lie_where_the_map_changes_sign():
     torch.manual_seed(0)
     maps = torch.linspace(-4, 4, 32).expand(3, 32, 32).contiguous()  # 0 in the middle
     with mock.patch.object(at, "CHUNK", 400):
-        points = at.uncertain_points(maps, 100, oversample=3.0, importance=0.75)
+        points = at.uncertain_points(maps, 100)
     assert points.shape == (3, 100, 2)
     near = (points[..., 0] - 0.5).abs()
     assert near[:, :75].max() < 0.25

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vitdense.ops.draw import _deepest, as_segments, draw, grid, palette, side_by_side
+from vitdense.ops.draw import _deepest, as_segments, draw, palette, side_by_side, stacked
 from vitdense.ops.plates import Plates
 from vitdense.structures import IGNORE, Prediction, Target
 
@@ -118,15 +118,15 @@ def test_boxes_of_any_kind_do_not_fail():
     assert changed(picture).any()
 
 
-def test_rows_and_grids():
+def test_rows_and_columns():
     red, tall = torch.zeros(3, 10, 20, dtype=torch.uint8), torch.ones(3, 30, 5, dtype=torch.uint8)
     row = side_by_side(red, tall, gap=2)
     assert row.shape == (3, 30, 27)
     assert torch.equal(row[:, :10, :20], red) and torch.equal(row[:, :, 22:], tall)
     assert (row[:, 10:, :20] == 255).all()
-    sheet = grid([red, red, tall], columns=2, gap=2)
-    assert sheet.shape == (3, 42, 42)
-    assert torch.equal(sheet[:, 12:, :5], tall)
+    column = stacked(red, tall, gap=2)
+    assert column.shape == (3, 42, 20)
+    assert torch.equal(column[:, :10], red) and torch.equal(column[:, 12:, :5], tall)
 
 
 def test_colors_differ():
@@ -134,6 +134,19 @@ def test_colors_differ():
     apart = torch.cdist(colors, colors) + 1000 * torch.eye(20)
     assert apart.min() > 40
     assert palette(3) == palette(20)[:3]
+
+
+def test_accents_that_the_font_has_not_are_left_out():
+    from PIL import Image, ImageDraw
+
+    shown = []
+    for name in ("Blutplättchen", "Blutpla\u0308ttchen", "Blutplattchen"):
+        picture = Image.new("RGB", (200, 40))
+        plates = Plates(ImageDraw.Draw(picture))
+        plates.add(name, 0, 30, (255, 0, 0))
+        plates.write()
+        shown.append(picture.tobytes())
+    assert shown[0] == shown[1] == shown[2]
 
 
 def test_plates_make_room_for_one_another():

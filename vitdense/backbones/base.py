@@ -13,7 +13,7 @@ class Backbone(nn.Module):
     Attributes:
         levels: channels and stride of each map, finest first, known before anything runs.
         in_chans: channels of the images it takes.
-        token_channels: of the class token that `forward_with_token` gives; 0 = it gives none.
+        token_channels: of the class token that `forward_with_token` gives; 0 = there is none.
         mean, std: per-channel normalisation of images in 0..1, applied by the model.
     """
 
@@ -35,7 +35,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def forward_with_token(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The maps, and the last class token, float [B, token_channels], if that is not 0."""
+        """As `forward`, with the last class token, float [B, token_channels], if there is one."""
         raise NotImplementedError
 
     def layer_depths(self) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Creating timm models: names, arguments that a family takes, weights, and clear errors."""
+"""Building timm models: names, the arguments a family takes, weights, and clear errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from vitdense.structures import Size
+from vitdense.backbones.survey import first_line
 
 log = logging.getLogger(__name__)
 
@@ -67,13 +67,13 @@ def create(
         return timm.create_model(name, pretrained=True, **arguments)
     except RuntimeError as error:  # timm has none, or they do not fit
         raise ValueError(
-            f"pretrained: {_first_line(error)} "
+            f"pretrained: {first_line(error)} "
             "Set `pretrained: false`, or `weights: path` to a local file"
         ) from error
     except Exception as error:  # the hub's client and its transport raise many kinds
         raise ValueError(
             f"pretrained: the weights of {name} are neither in the cache nor could they be "
-            f"downloaded ({_first_line(error)}). Without a network set `weights: path` to a local "
+            f"downloaded ({first_line(error)}). Without a network set `weights: path` to a local "
             ".pth or .safetensors file, or `pretrained: false` to start from random weights; "
             "HF_HUB_CACHE names the folder of a filled cache and HF_HUB_OFFLINE=1 uses it at once"
         ) from error
@@ -93,13 +93,13 @@ def freeze_norms(model: nn.Module, name: str) -> nn.Module:
 
 
 def best_layout(model: nn.Module) -> torch.memory_format:
-    """Channels last for convolutional nets, whose inference takes a quarter less time so."""
+    """Channels last for convolutional nets, which makes inference a quarter faster."""
     convolutional = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     return torch.channels_last if convolutional else torch.contiguous_format
 
 
 def parameters_of(model: nn.Module) -> set[str]:
-    """Names of the arguments that the model's class takes, those it hands to its base included."""
+    """Names of all arguments that the constructors of the model's class and its bases take."""
     names: set[str] = set()
     for cls in type(model).__mro__:
         parameters = inspect.signature(cls).parameters
@@ -109,14 +109,8 @@ def parameters_of(model: nn.Module) -> set[str]:
     return names
 
 
-def native_size(model: Any) -> Size:
-    """(height, width) that the model is made for."""
-    height, width = model.pretrained_cfg["input_size"][-2:]
-    return height, width
-
-
 class _NoInitialValues(TorchFunctionMode):
-    """Skip filling tensors that have no memory; it is most of the time of building on meta."""
+    """Skip initialising meta tensors, which would take most of the time of building a model."""
 
     skipped = {"uniform_", "normal_", "trunc_normal_", "erfinv_", "mul_", "add_", "clamp_"}
 
@@ -140,12 +134,12 @@ def _construct(name: str, **arguments: Any) -> nn.Module:
         given = ", ".join(f"{key}={value}" for key, value in arguments.items())
         option = "options" if "keyword" in str(error) else "model"
         raise ValueError(
-            f"{option}: timm cannot build {name} with {given}: {_first_line(error)}"
+            f"{option}: timm cannot build {name} with {given}: {first_line(error)}"
         ) from error
 
 
 def _from_file(name: str, arguments: dict[str, Any], path: Path) -> nn.Module:
-    """timm converts known layouts and resizes patches and positions to the model at hand."""
+    """A model with the weights of a file; timm converts known layouts and resizes positions."""
     if not path.is_file():
         raise ValueError(f"weights: there is no file {path}")
     with _missing_keys() as missing:
@@ -165,7 +159,7 @@ def _from_file(name: str, arguments: dict[str, Any], path: Path) -> nn.Module:
 
 @contextmanager
 def _missing_keys() -> Iterator[list[str]]:
-    """Collect the keys that timm finds missing in a file; it only says so in its log."""
+    """Collect the keys that timm misses in a file; it tells them only to its log."""
     found: list[str] = []
 
     class Collector(logging.Handler):
@@ -187,7 +181,3 @@ def _missing_keys() -> Iterator[list[str]]:
         logger.removeHandler(collector)
         logger.setLevel(level)
         logger.propagate = propagate
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from vitdense.backbones.creation import check_name, native_size, on_meta, parameters_of
-from vitdense.backbones.survey import Survey, promised, round_up, survey
+from vitdense.backbones.creation import check_name, on_meta, parameters_of
+from vitdense.backbones.survey import Survey, round_up, stated_strides, survey
 from vitdense.structures import Size
 
 
@@ -22,10 +22,14 @@ def make_plan(
     pad_before_roll: bool,
     options: dict[str, Any],
 ) -> tuple[dict[str, Any], Survey]:
-    """Arguments for timm's constructor, and what the model they make serves.
+    """Arguments for timm's constructor, and a survey of the model that they make.
+
+    Args:
+        size: (height, width) of the images to build for; None = the model's own.
+        options: the user's arguments, which go before all others.
 
     Raises:
-        ValueError: the model cannot serve, or has no such option.
+        ValueError: the model cannot serve as a backbone, or has no such option.
     """
     check_name(name)
     asked = {"num_classes": 0, "in_chans": in_chans, **options}
@@ -33,9 +37,10 @@ def make_plan(
     known = parameters_of(probe)
     asked |= _fitting(name, probe, known, patch_size, drop_path, pad_before_roll) | options
     probe = on_meta(name, asked)
-    native = native_size(probe)
+    height, width = probe.pretrained_cfg["input_size"][-2:]  # type: ignore[index]
+    native = (height, width)
     if size is not None and "img_size" in known:
-        step = math.lcm(*(reduction for _, reduction in promised(probe)))
+        step = math.lcm(*stated_strides(probe))
         asked["img_size"] = native = round_up(size, (step, step))
         probe = on_meta(name, asked)
     return asked, _survey(name, probe, native, size, in_chans, known)
@@ -49,7 +54,7 @@ def _fitting(
     drop_path: float,
     pad_before_roll: bool,
 ) -> dict[str, Any]:
-    """The arguments that this family has for any size of image, its patches, and its dropping."""
+    """Arguments by which this family takes images of any size, other patches, and `drop_path`."""
     from timm.models.vision_transformer_sam import VisionTransformerSAM
 
     from vitdense.backbones.swin import has_windows

@@ -12,10 +12,10 @@ from vitdense.registry import BACKBONES
 
 @BACKBONES.register("presnet")
 class PResNetBackbone(TimmBackbone):
-    """timm's resnet18d or resnet34d with a convolution around the first block, as others have.
+    """timm's resnet18d or resnet34d with a convolution in the shortcut of the first block too.
 
-    The backbone of the public RT-DETR-R18 and R34; timm's resnet50d and resnet101d are those of
-    R50 and R101.
+    This is the backbone of the public RT-DETR-R18 and R34. Those of R50 and R101 are timm's
+    resnet50d and resnet101d as they are.
 
     Raises:
         ValueError: the model is no ResNet of basic blocks.

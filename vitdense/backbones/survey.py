@@ -1,7 +1,6 @@
-"""What a timm model serves, found out by running it on the meta device before it is built.
+"""Which maps a timm model gives and which sizes it takes, found by running it on the meta device.
 
-Families differ in the sizes they take and in how they round; asking the model itself replaces a
-table of families, and new ones are known at once.
+Families differ in both. Asking the model itself needs no table of families, and serves new ones.
 """
 
 from __future__ import annotations
@@ -39,15 +38,15 @@ class Canvas:
             return round_up(size, self.step)
         if size[0] > self.step[0] or size[1] > self.step[1]:
             raise ValueError(
-                f"{self.model} has a fixed input size of {_text(self.step)}, the canvas is "
-                f"{_text(size)}; set model.backbone.img_size to the canvas size"
+                f"img_size: {self.model} has a fixed input size of {_text(self.step)}, the canvas "
+                f"is {_text(size)}; set model.backbone.img_size to the canvas size"
             )
         return self.step
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What is known of a model before it runs: all its levels, in order of depth, and its sizes."""
+    """What is known of a model before it is built: its levels, by depth, and its input sizes."""
 
     levels: list[Level]
     canvas: Canvas
@@ -68,7 +67,7 @@ def survey(model: Any, name: str, size: Size, in_chans: int) -> Survey:
     Raises:
         ValueError: it has no maps on a regular grid at any size; the message says why.
     """
-    step = math.lcm(*(reduction for _, reduction in promised(model)))
+    step = math.lcm(*stated_strides(model))
     square = (step, step)
     first = round_up(size, square)
     try:  # a rectangle of another size than the model was made for
@@ -84,11 +83,11 @@ def survey(model: Any, name: str, size: Size, in_chans: int) -> Survey:
     return Survey(levels, Canvas(name, size, fixed=True))
 
 
-def promised(model: Any) -> list[tuple[int, int]]:
-    """(channels, reduction) of every map, as timm states them."""
+def stated_strides(model: Any) -> list[int]:
+    """The stride of every map, as timm states it, which is wrong for some families."""
     features = model.feature_info
     entries = features if isinstance(features, list) else features.info
-    return [(entry["num_chs"], entry["reduction"]) for entry in entries]
+    return [entry["reduction"] for entry in entries]
 
 
 def round_up(size: Size, step: Size) -> Size:
@@ -98,7 +97,7 @@ def round_up(size: Size, step: Size) -> Size:
 
 def _levels(model: Any, size: Size, in_chans: int) -> list[Level]:
     """Levels of all maps at one input size."""
-    stated = promised(model)
+    stated = stated_strides(model)
     images = torch.empty(1, in_chans, *size, device="meta")
     try:
         with torch.no_grad():
@@ -106,22 +105,24 @@ def _levels(model: Any, size: Size, in_chans: int) -> list[Level]:
                 images, indices=list(range(len(stated))), intermediates_only=True
             )
     except Exception as error:  # timm's families raise whatever their layers raise
-        raise ValueError(f"it does not take {_text(size)} pixels ({_reason(error)})") from error
+        reason = first_line(error)[:120]
+        raise ValueError(f"it does not take {_text(size)} pixels ({reason})") from error
     if len(maps) != len(stated):
         raise ValueError(f"it gives {len(maps)} maps where it states {len(stated)}")
-    return [_level(m.shape, size, *entry) for m, entry in zip(maps, stated, strict=True)]
+    return [_level(m.shape, size, stride) for m, stride in zip(maps, stated, strict=True)]
 
 
-def _level(shape: torch.Size, size: Size, channels: int, reduction: int) -> Level:
+def _level(shape: torch.Size, size: Size, stated: int) -> Level:
     grid = (shape[-2], shape[-1])
-    for stride in (reduction, max(1, size[0] // max(1, grid[0]))):
+    for stride in (stated, max(1, size[0] // max(1, grid[0]))):
         if grid == tuple(math.ceil(side / stride) for side in size):
             return Level(shape[1], stride)
     raise ValueError(f"a map of {_text(size)} pixels is {_text(grid)}, on no regular grid")
 
 
-def _reason(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:120] or type(error).__name__
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type if it has none."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _text(size: Size) -> str:

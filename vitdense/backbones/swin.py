@@ -1,7 +1,8 @@
 """Swin's windows as in the original code: the map is padded first, then rolled.
 
-timm rolls first, so that at sizes no multiple of the window the zeros lie inside the rolled map and
-its mask no longer matches: up to 4 % error of the features at 512 px with window 7 (timm #2438).
+timm rolls first. At sizes that are no multiple of the window the padding then lies inside the map,
+where the mask does not expect it: at 512 px with window 7 features are off by up to 4 % (timm
+issue #2438).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from vitdense.structures import Size
 class _PaddedWindows:
     """Mixin for timm's blocks that are built with `always_partition` and a dynamic mask.
 
-    A block shifts along an axis only where the map is longer than the window, at any input size.
+    Along an axis where the map is no longer than the window, a block does not shift.
     """
 
     window_size: Any
@@ -76,11 +77,11 @@ def pad_before_roll(model: nn.Module) -> None:
 
 
 def shift_mask(size: Size, window: Size, shift: Size, like: Tensor) -> Tensor:
-    """What to add to attention logits: -100 between tokens that rolling brought together, else 0.
+    """Added to attention logits: -100 between tokens that only rolling made neighbours, else 0.
 
     Args:
         size: of the padded map, a multiple of `window`.
-        like: gives dtype and device.
+        like: a tensor of the dtype and device that are wanted.
 
     Returns:
         [windows, tokens, tokens], windows in row-major order.

@@ -19,7 +19,7 @@ from vitdense.registry import BACKBONES, Fraction
 from vitdense.structures import Level
 
 POSITIONS = re.compile(r"pos_embed|rel_pos|relative_position|attention_bias|rope|token")
-"""Parameters that say where something is, or stand for a token."""
+"""Names of parameters that are position embeddings or prefix tokens."""
 
 
 @BACKBONES.register("timm")
@@ -156,14 +156,14 @@ class TimmBackbone(Backbone):
         }
 
     def _parts(self, padded: Tensor, with_token: bool) -> list[list[Tensor]]:
-        """timm's maps of images that fit, with the final norm where it belongs, and tokens."""
+        """timm's maps of padded images, the final norm applied where wanted, and class tokens."""
         parts = self._intermediates(padded, with_token)
         for index in range(len(parts) - self.normed, len(parts)):
             parts[index] = [_normed(self.model.norm, part) for part in parts[index]]
         return parts
 
     def _join(self, part: list[Tensor]) -> Tensor:
-        """A map with its class token where that belongs."""
+        """A map, with its class token added or concatenated if the option says so."""
         if self.class_token == "drop":
             return part[0]
         map_, token = part
@@ -183,14 +183,14 @@ class TimmBackbone(Backbone):
         return [[map_, prefix[:, 0, :, None, None]] for map_, prefix in pairs]
 
     def _token_channels(self) -> int:
-        """Of the class token, 0 if there is none, or one in each of the windows."""
+        """Channels of the class token; 0 if there is none, or one for each window."""
         known = inspect.signature(self.model.forward_intermediates).parameters
         token = getattr(self.model, "cls_token", None)
         given = token is not None and "return_prefix_tokens" in known and self.windows is None
         return self.levels[-1].channels if given else 0
 
     def _take_class_token(self) -> None:
-        """Check that the model has one to give, and state the levels that it makes."""
+        """Check that the model has a class token, and adapt the levels to it."""
         if self.windows is not None:
             raise ValueError(
                 "class_token: each of the `windows` has its own; leave one of them out"
@@ -201,7 +201,7 @@ class TimmBackbone(Backbone):
             self.levels = [Level(2 * level.channels, level.stride) for level in self.levels]
 
     def _prune(self, norm: bool | Literal["all"] | None, default: bool) -> int:
-        """Drop blocks, head and norm that no map needs; return how many last maps are normed."""
+        """Drop blocks, head and norm that no map needs; returns how many last maps are normed."""
         final = getattr(self.model, "norm", None)
         weight = getattr(final, "weight", None)
         normed = self.levels if norm == "all" else self.levels[-1:]
@@ -223,7 +223,7 @@ class TimmBackbone(Backbone):
             raise ValueError(f"checkpointing: {self.name} has no support for it") from error
 
     def _freeze(self, frozen: bool | int) -> None:
-        """Stop gradients of all or of the first layers."""
+        """Freeze all layers, or the stem and the first `frozen` blocks."""
         names = {name for name, _ in self.named_parameters() if name.startswith("model.")}
         if frozen is not True:
             depths = self.layer_depths()
@@ -260,14 +260,14 @@ def choose_indices(survey: Survey, wanted: list[int] | None) -> list[int]:
 
 
 def _normed(norm: nn.Module, feature: Tensor) -> Tensor:
-    """Apply a norm over channels, wherever it looks for them, to [B, C, H, W]."""
+    """Apply a norm to the channels of [B, C, H, W], whether it expects them second or last."""
     if "2d" in type(norm).__name__:
         return norm(feature)
     return norm(feature.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def _level_norms(levels: list[Level], model: nn.Module) -> nn.ModuleList:
-    """Layer norms with the epsilon of the model's own: 1e-5 of Swin, 1e-6 of ConvNeXt."""
+    """A layer norm for each level, with the epsilon of the model's (Swin 1e-5, ConvNeXt 1e-6)."""
     from timm.layers import LayerNorm2d
 
     own = (module.eps for module in model.modules() if isinstance(module, nn.LayerNorm))
@@ -285,8 +285,9 @@ def _pixel_statistics(
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel: as given, else what the weights were trained with.
 
-    Beyond RGB timm repeats the weights of the first layer's channels, so the statistics repeat too;
-    for one channel it sums them, so the statistics are averaged.
+    timm adapts the first layer to other numbers of channels, and the statistics follow: for more
+    channels it repeats the weights of RGB, so they repeat too; for one it sums the weights, so they
+    are averaged.
     """
     found = []
     for option, given in (("mean", mean), ("std", std)):

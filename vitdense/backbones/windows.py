@@ -1,10 +1,10 @@
 """Windowed attention for plain vision transformers: most blocks see a window, a few the image.
 
-ViTDet (Li et al., 2203.16527, section 3) and the windowed DINOv2 of RF-DETR. Tokens are sorted into
-windows once, before the first block: a windowed block has the windows in its batch, a global block
-sees them one after the other as one sequence, so nothing is moved between blocks. Positions are
-those of the whole image. Class and register tokens are repeated for each window; in a global block
-all of them take part, as in RF-DETR.
+As in ViTDet (Li et al., 2203.16527, section 3) and the windowed DINOv2 of RF-DETR. Tokens are
+sorted by window once, before the first block. For a windowed block windows are items of the batch,
+for a global block they are joined to one sequence, so that no token moves between blocks. Positions
+are those of the whole image. Every window has its own copy of class and register tokens; in a
+global block all copies take part, as in RF-DETR.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Windows:
 
     Attributes:
         stride: side of a patch in pixels.
-        count: windows along each side, or None where `size` says it.
-        size: largest side of a window in patches; there are as many equal windows as it takes.
+        count: windows along each side; None if `size` is given.
+        size: longest side of a window in patches; the map is cut into as few equal windows as fit.
         global_blocks: indices of the blocks that attend to all windows.
     """
 
@@ -87,8 +87,8 @@ def prepare(
     """What the options `windows`, `window_size` and `global_blocks` ask of a timm model.
 
     Args:
-        model: without the blocks that no map needs; its rotary attention is set to take the
-            rotations of all tokens.
+        model: without the blocks that no map needs. Its rotary attention is changed to rotate
+            prefix tokens too (by the identity, see `_Rotations`).
         survey: of the whole model.
 
     Raises:
@@ -133,8 +133,8 @@ def partition(tokens: Tensor, grid: Size, split: Size) -> Tensor:
 class _Rotations:
     """Rotary positions for windows of tokens, class and register tokens included.
 
-    These lie between the patches in a global block, where timm would rotate all behind the first
-    few; the identity (sine 0, cosine 1) leaves them as they are.
+    In a global block prefix tokens lie between the patches, while timm expects them before all
+    patches. So they are rotated too, by the identity (sine 0, cosine 1).
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class _Rotations:
 
 
 def embed(model: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Tokens [B, prefix + rows * columns, C] with their positions, and rotary positions."""
+    """Tokens [B, prefix + rows * columns, C] with position embeddings; rotary ones, if any."""
     tokens, rope = model.patch_embed(images), None
     if isinstance(model, Eva):
         tokens, rope = model._pos_embed(tokens)

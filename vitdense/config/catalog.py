@@ -23,6 +23,8 @@ def list_parts(kind: str | None = None) -> str:
 def show(what: str) -> str:
     """Options of a part (`head.upernet`) or keys of a section (`train`), with their meanings."""
     kind, _, name = what.partition(".")
+    if name and kind in SECTIONS:
+        return _show_one(kind, name)
     if name:
         return _show_part(REGISTRIES[_kind(kind)], name)
     if what == "config":
@@ -38,10 +40,17 @@ def show(what: str) -> str:
 def _list_kind(registry: Registry[Any]) -> str:
     names = registry.names()
     width = max(map(len, names), default=0)
-    rows = [f"  {name:<{width}}  {registry.resolve(name)[0].doc}".rstrip() for name in names]
+    rows = [f"  {name:<{width}}  {_summary(registry, name)}".rstrip() for name in names]
     if registry.kind == "backbone":
         rows.append(f"  and every timm model by its own name ({len(timm_names())} are known)")
     return "\n".join([registry.kind, *rows])
+
+
+def _summary(registry: Registry[Any], name: str) -> str:
+    try:
+        return registry.resolve(name)[0].doc
+    except ValueError as error:
+        return f"(cannot be used: {error})"
 
 
 def _show_part(registry: Registry[Any], name: str) -> str:
@@ -68,15 +77,23 @@ def _show_section(name: str, section: type[Section]) -> str:
     return "\n".join(lines)
 
 
+def _show_one(section: str, name: str) -> str:
+    keys = section_keys(SECTIONS[section])
+    if name not in keys:
+        hint = suggest(name, keys)
+        raise _error(f"{section} has no key {name!r}.{hint} Known: {', '.join(keys)}")
+    return "\n".join(_show_key(keys[name], _section_default(SECTIONS[section], name)))
+
+
 def _section_default(section: type[Section], name: str) -> Any:
+    if name == "output":
+        return "runs/<config name>"
     field = section.model_fields[name]
-    if field.default_factory is not None:
-        return None
-    return REQUIRED if field.is_required() else field.default
+    return REQUIRED if field.is_required() else field.get_default(call_default_factory=True)
 
 
 def _show_key(key: Key, default: Any) -> list[str]:
-    if key.name in SECTIONS:
+    if isinstance(key.type, type) and issubclass(key.type, Section):
         return [f"  {key.name}: a section", f"      {key.meaning}"]
     value = "(required)" if default is REQUIRED else f"= {_yaml(default)}"
     lines = [f"  {key.name} {value}", f"      {describe(key.type)}"]
@@ -98,8 +115,10 @@ def _kind(word: str) -> str:
     if kind in REGISTRIES:
         return kind
     known = [*REGISTRIES, *section_keys(Config)]
+    parts = [f"{kind}.{word}" for kind in REGISTRIES if word in REGISTRIES[kind].names()]
+    hint = f" Did you mean {parts[0]!r}?" if parts else suggest(word, known)
     raise _error(
-        f"there is no {word!r}.{suggest(word, known)} Kinds of parts: {', '.join(REGISTRIES)}; "
+        f"there is no {word!r}.{hint} Kinds of parts: {', '.join(REGISTRIES)}; "
         f"sections: {', '.join(SECTIONS)}"
     )
 

@@ -57,6 +57,7 @@ def resolve(tree: Node, path: Path, above: Sequence[Path] = ()) -> Node:
 
 def override(tree: Node, overrides: Iterable[str]) -> Node:
     """Merge `key.key=value` strings, values in YAML, over a tree; raises ConfigError."""
+    overrides = [overrides] if isinstance(overrides, str) else overrides
     layer = Node({}, Mark(COMMAND_LINE))
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -67,7 +68,7 @@ def override(tree: Node, overrides: Iterable[str]) -> Node:
         for name in reversed(key.split(".")):
             node = Node({name: node}, mark)
         layer = merge(layer, node, joining=True)
-    return merge(tree, layer)
+    return Node(merge(tree, layer).value, Mark(tree.mark.file))
 
 
 def merge(base: Node, over: Node, path: str = "", joining: bool = False) -> Node:

@@ -13,6 +13,7 @@ from vitdense.config.nodes import Node
 from vitdense.config.part import Part
 from vitdense.config.reader import BAD, Reader
 from vitdense.config.schema import NO_WINDOWS, OF_WINDOWS, Choice, Config, Section
+from vitdense.declarations import short_path
 from vitdense.registry import add_module, suggest
 
 
@@ -88,6 +89,15 @@ def _register_imports(node: Node | None, reader: Reader) -> None:
                 _register_import(item.value, item.mark, reader)
 
 
+def register(modules: Iterable[str]) -> None:
+    """Make the parts of one's own modules known, as `imports` does; raises ConfigError."""
+    reader = Reader()
+    for module in modules:
+        _register_import(module, Mark(layers.COMMAND_LINE, 0, f"--imports {module}"), reader)
+    if reader.problems:
+        raise ConfigError(reader.problems)
+
+
 def _register_import(module: str, mark: Mark, reader: Reader) -> None:
     folders = [Path.cwd(), Path(mark.file).resolve().parent]
     for folder in map(str, folders):
@@ -96,11 +106,18 @@ def _register_import(module: str, mark: Mark, reader: Reader) -> None:
     try:
         add_module(module)
     except ModuleNotFoundError as error:
+        reader.unread = True
         near = suggest(module.rpartition(".")[2], (f.stem for d in folders for f in d.glob("*.py")))
-        message = f"{error}; it was sought on Python's path, in . and beside the config.{near}"
+        if "/" in module or module.endswith(".py"):
+            dotted = ".".join(Path(module).with_suffix("").parts)
+            near = f" Name it as Python does: {dotted.lstrip('.')}"
+        sought = "on Python's path, in . and beside the config (PYTHONPATH adds folders)"
+        message = f"{error}; it was sought {sought}.{near}"
         reader.report(mark, "imports", message)
     except SyntaxError as error:
-        reader.report(mark, "imports", f"{error.filename}:{error.lineno}: {error.msg}")
+        reader.unread = True
+        place = Mark(short_path(error.filename or module), error.lineno or 0)
+        reader.report(mark, "imports", f"{place}: {error.msg}")
     except ValueError as error:
         reader.report(mark, "imports", str(error))
 

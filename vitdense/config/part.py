@@ -8,8 +8,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from vitdense.config import contract
 from vitdense.config.errors import ConfigError, Mark, Problem
-from vitdense.registry import REGISTRIES
+from vitdense.registry import REGISTRIES, line_of
 
 
 @dataclass(frozen=True)
@@ -39,21 +40,35 @@ class Part:
         return fact in inspect.signature(self.type).parameters
 
     def __call__(self, *facts: Any) -> Any:
-        """Build it; raises ConfigError at the part's place if the constructor refuses."""
+        """Build it; raises ConfigError at its place if it refuses, or lacks what its kind has."""
         options = {
             name: value if isinstance(value, Part) else copy.deepcopy(value)
             for name, value in self.options.items()
         }
         try:
-            return self.type(*facts, **options)
+            part = self.type(*facts, **options)
         except (ValueError, FileNotFoundError) as error:
-            raise ConfigError([self._problem(str(error))]) from error
+            raise ConfigError([self._problem(error)]) from error
+        if message := contract.fault(self.kind, part):
+            raise ConfigError([Problem(self._mark, self.path, message)])
+        return part
 
-    def _problem(self, message: str) -> Problem:
-        """A constructor's message begins with the name of the option that it refuses."""
+    @property
+    def _mark(self) -> Mark:
+        return self.marks.get("", Mark(f"{self.kind} {self.name!r}"))
+
+    def _problem(self, error: Exception) -> Problem:
+        """A constructor's message begins with the name of the option that it refuses.
+
+        Any other in a part of one's own may come from anywhere below it: it gets its line.
+        """
+        message = str(error)
         name, _, rest = message.partition(":")
-        mark = self.marks.get("", Mark(f"{self.kind} {self.name!r}"))
+        mark = self._mark
         if re.fullmatch(r"\w+", name) and name in self.options and rest:
             path = f"{self.path}.{name}" if self.path else name
             return Problem(self.marks.get(name, mark), path, rest.strip())
-        return Problem(mark, self.path, message)
+        declaration = REGISTRIES[self.kind].resolve(self.name)[0]
+        own = not declaration.module.startswith("vitdense.")
+        line = line_of(error, [declaration.file]) if own else None
+        return Problem(mark, self.path, f"{message} ({line})" if line else message)

@@ -15,7 +15,7 @@ from vitdense.config.errors import Mark, Problem
 from vitdense.config.layers import DEFAULT_NAMES
 from vitdense.config.nodes import Node, dump
 from vitdense.config.part import Part
-from vitdense.declarations import Declaration
+from vitdense.declarations import Declaration, Option
 from vitdense.registry import REGISTRIES, nearest, suggest
 
 FACTS = {
@@ -63,20 +63,50 @@ def section_keys(section: type[BaseModel]) -> dict[str, Key]:
 def part_keys(declaration: Declaration) -> dict[str, Key]:
     """The keys of a part, from its options; raises ValueError for a type that is not plain."""
     return {
-        name: Key(name, types.evaluate(option.annotation), option.required, option.meaning)
+        name: Key(name, _type_of(option, declaration), option.required, option.meaning)
         for name, option in declaration.options.items()
     }
 
 
+def _type_of(option: Option, declaration: Declaration) -> Any:
+    """The type of an option; raises ValueError if it is not plain, or if its default is none."""
+    place = f"{declaration.place}: {declaration.qualname}: option {option.name!r}"
+    try:
+        kind = types.evaluate(option.annotation)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+    if option.required or _is_value(option.default, kind):
+        return kind
+    rest = f"; write {option.annotation} | None" if option.default is None else ""
+    raise ValueError(f"{place}: its default {option.default!r} is not {types.describe(kind)}{rest}")
+
+
+def _is_value(value: Any, kind: Any) -> bool:
+    if types.part_kind(kind):
+        return value is None and types.allows_none(kind)
+    try:
+        types.validator(kind)(value)
+    except ValidationError:
+        return False
+    return True
+
+
 class Reader:
-    """Checks trees; what is wrong gathers in `problems`."""
+    """Checks trees; what is wrong gathers in `problems`.
+
+    Attributes:
+        unread: whether a module under imports could not be read, so that its parts are not known.
+    """
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []
+        self.unread = False
 
     def section(self, schema: type[BaseModel], node: Node, path: str = "") -> Any:
         """An object of `schema`, or BAD."""
         owner = Owner(path or "the config", "key", section_keys(schema))
+        if isinstance(node.value, str) and "name" in owner.keys:  # as for parts: a bare name
+            node = Node({"name": node}, node.mark)
         values = self.mapping(owner, Node({}, node.mark) if node.value is None else node, path)
         if values is BAD or BAD in values.values():
             return BAD
@@ -134,6 +164,9 @@ class Reader:
             return types.validator(key.type)(value)
         except ValidationError:
             near = suggest(value, types.literals(key.type)) if isinstance(value, str) else ""
+            if isinstance(value, int | float) and _is_value(str(value), key.type):
+                quoted = f'"{show(node)}"'
+                near = " Put it in quotes: " + (quoted if node.mark.line else f"{path}='{quoted}'")
             expected = types.describe(key.type)
             self.report(
                 node.mark, path, f"expected {expected}, got {show(node)}.{near}".rstrip(".")
@@ -154,7 +187,8 @@ class Reader:
             declaration, implied = REGISTRIES[kind].resolve(name)
             owner = Owner(f"{kind} {name!r}", "option", part_keys(declaration), declaration)
         except (LookupError, ValueError) as error:
-            self.report(name_node.mark, path, str(error.args[0]))
+            if not (self.unread and isinstance(error, LookupError)):
+                self.report(name_node.mark, path, str(error.args[0]))
             return BAD
         given = {key: child for key, child in children.items() if key != "name"}
         for key in implied.keys() & given.keys():
@@ -173,8 +207,9 @@ class Reader:
         return Part(kind, declaration.name, options, path, marks)
 
     def report(self, mark: Mark, path: str, message: str) -> None:
-        """Note a problem."""
-        self.problems.append(Problem(mark, path, message))
+        """Note a problem, once: a folder that is not found may hold several modules."""
+        if not any((it.path, it.message) == (path, message) for it in self.problems):
+            self.problems.append(Problem(mark, path, message))
 
 
 def unknown(owner: Owner, name: Any, node: Node) -> str:

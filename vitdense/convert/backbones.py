@@ -1,7 +1,7 @@
-"""The backbones that configs of transformers name, as options of our `timm` backbone.
+"""Backbones of transformers as options of our `timm` backbone.
 
-`plan` gives its `backbone` mapping, and `fill` renames its weights. A kind of backbone is a pair of
-functions of its config (`KINDS`): the options, and the rules for names within our backbone.
+`plan` gives the `backbone` mapping of a config, and `fill` renames the weights. Each kind
+(`KINDS`) has two functions of transformers' config: one for the options, one for the names.
 """
 
 from __future__ import annotations
@@ -13,12 +13,9 @@ from typing import Any
 
 from vitdense.convert import preparation, vit
 from vitdense.convert.names import Rules, Weights
-from vitdense.convert.source import ConversionError, Source
+from vitdense.convert.source import ConversionError, Source, require
 
 Config = dict[str, Any]
-
-COUNTERS = "counts batches in training"
-"""Why `num_batches_tracked` is dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +30,7 @@ def plan(source: Source) -> Config:
     """The `backbone` mapping of a source of transformers.
 
     Raises:
-        ConversionError: the backbone is none that is known, or has what timm's has not.
+        ConversionError: the backbone is unknown, or has options that timm's has not.
     """
     options = _kind(source).options(config_of(source))
     return {"name": "timm", **options, **preparation.statistics(source)}
@@ -41,9 +38,6 @@ def plan(source: Source) -> Config:
 
 def fill(source: Source, weights: Weights, within: str, into: str = "backbone.") -> None:
     """Rename the backbone's weights, whose names begin with `within` in the source."""
-    weights.drop(r"\.num_batches_tracked$", COUNTERS)
-    weights.drop(r"\.embeddings\.mask_token$", "is of use in its pre-training alone")
-    weights.drop(r"\.relative_position_index$", "is computed")
     weights.drop(r"\.swin\.layernorm\.", "is for classification alone")
     weights.rename(_kind(source).rules(config_of(source)), within, into)
 
@@ -72,17 +66,12 @@ def stages(config: Config) -> list[int]:
     return list(config.get("out_indices") or [len(config.get("depths") or [1] * 4)])
 
 
-def _refuse(config: Config, **usual: Any) -> None:
-    """Raise ConversionError for options that have other values than timm's model has."""
-    for key, value in usual.items():
-        if config.get(key, value) != value:
-            raise ConversionError(
-                f"backbone_config.{key}: is {config[key]!r}; only {value!r} can be converted"
-            )
+def _require(config: Config, **usual: Any) -> None:
+    require(config, "backbone_config", **usual)
 
 
 def _timm_options(config: Config) -> Config:
-    _refuse(config, output_stride=None)
+    _require(config, output_stride=None)
     name = config["backbone"]
     wanted = config.get("out_indices") or [1, 2, 3, 4]
     resnet = {"frozen_norms": True} if name.startswith("res") else {}
@@ -104,8 +93,8 @@ RESNETS = {
 
 
 def _resnet_options(config: Config) -> Config:
-    _refuse(config, hidden_act="relu", downsample_in_bottleneck=False, embedding_size=64)
-    _refuse(config, downsample_in_first_stage=False)
+    _require(config, hidden_act="relu", downsample_in_bottleneck=False, embedding_size=64)
+    _require(config, downsample_in_first_stage=False)
     kind, depths = config.get("layer_type", "bottleneck"), tuple(config.get("depths", (3, 4, 6, 3)))
     expansion = 4 if kind == "bottleneck" else 1
     widths = config.get("hidden_sizes") or [256, 512, 1024, 2048]
@@ -171,8 +160,8 @@ SWINS = {
 
 def swin_options(config: Config) -> Config:
     """Options of timm's Swin for a config of transformers, with a norm on each map."""
-    _refuse(config, use_absolute_embeddings=False, hidden_act="gelu", patch_size=4)
-    _refuse(config, mlp_ratio=4.0, qkv_bias=True)
+    _require(config, use_absolute_embeddings=False, hidden_act="gelu", patch_size=4)
+    _require(config, mlp_ratio=4.0, qkv_bias=True)
     width, window = config.get("embed_dim", 96), config.get("window_size", 7)
     depths = config.get("depths", [2, 2, 6, 2])
     name = SWINS.get((width, tuple(depths), window))
@@ -200,7 +189,7 @@ def _swin_rules(config: Config) -> Rules:
         (r"^(swin\.)?encoder\.", "model."),
         _level_norms(config),
         (r"attention\.(self|relative_position_bias)\.(relative_position_bias_table)", r"attn.\2"),
-        *ATTENTION,
+        *vit.ATTENTION,
         (r"layernorm_before", "norm1"),
         (r"layernorm_after", "norm2"),
         (r"\.intermediate\.dense", ".mlp.fc1"),
@@ -218,7 +207,7 @@ CONVNEXTS = {
 
 
 def _convnext_options(config: Config) -> Config:
-    _refuse(config, hidden_act="gelu", patch_size=4, num_stages=4)
+    _require(config, hidden_act="gelu", patch_size=4, num_stages=4)
     widths = tuple(config.get("hidden_sizes") or (96, 192, 384, 768))
     depths = tuple(config.get("depths") or (3, 3, 9, 3))
     options: Config = {
@@ -253,14 +242,6 @@ def _level_norms(config: Config) -> tuple[str, Callable[[re.Match[str]], str]]:
     return r"^hidden_states_norms\.stage(\d+)", lambda m: f"level_norms.{places[int(m[1])]}"
 
 
-ATTENTION: list[tuple[str, str]] = [
-    (r"attention\.((self|attention)\.query|q_proj)", "attn.qkv[0]"),
-    (r"attention\.((self|attention)\.key|k_proj)", "attn.qkv[1]"),
-    (r"attention\.((self|attention)\.value|v_proj)", "attn.qkv[2]"),
-    (r"attention\.(output\.dense|o_proj)", "attn.proj"),
-]
-"""transformers' attention with three matrices as timm's with one, in both layouts of names."""
-
 DINOV2_NAMES = {
     (384, 12, 6): "vit_small_patch14_dinov2",
     (768, 12, 12): "vit_base_patch14_dinov2",
@@ -269,23 +250,16 @@ DINOV2_NAMES = {
 
 
 def _dinov2_options(config: Config) -> Config:
-    _refuse(config, use_swiglu_ffn=False, hidden_act="gelu", qkv_bias=True, apply_layernorm=True)
-    _refuse(config, mlp_ratio=4)
-    shape = tuple(
-        config.get(key, value)
-        for key, value in (
-            ("hidden_size", 768), ("num_hidden_layers", 12), ("num_attention_heads", 12)
-        )
-    )  # fmt: skip
-    side, patch = config.get("image_size", 224), config.get("patch_size", 14)
-    options: Config = {"out_indices": [number - 1 for number in stages(config)], "img_size": side}
-    options["norm"] = "all"
-    if patch != 14:
-        options["patch_size"] = patch
-    if shape in DINOV2_NAMES:
-        return {"model": DINOV2_NAMES[shape], **options}
-    extra = dict(zip(("embed_dim", "depth", "num_heads"), shape, strict=True))
-    return {"model": "vit_small_patch14_dinov2", **options, "options": extra}
+    _require(config, use_swiglu_ffn=False, hidden_act="gelu", qkv_bias=True, apply_layernorm=True)
+    _require(config, mlp_ratio=4)
+    options = {
+        "out_indices": [number - 1 for number in stages(config)],
+        "img_size": config.get("image_size", 224),
+        "norm": "all",
+        **vit.size_options(config, DINOV2_NAMES),
+    }
+    patch = config.get("patch_size", 14)
+    return options if patch == 14 else options | {"patch_size": patch}
 
 
 def _dinov2_rules(config: Config) -> Rules:
@@ -295,7 +269,7 @@ def _dinov2_rules(config: Config) -> Rules:
 def _hgnet_options(config: Config) -> Config:
     from timm.models.hgnet import model_cfgs
 
-    _refuse(config, hidden_act="relu")
+    _require(config, hidden_act="relu")
     keys = (
         "in_channels", "mid_channels", "out_channels", "num_blocks", "downsample", "light_block",
         "kernel_size", "numb_of_layers",
@@ -307,7 +281,7 @@ def _hgnet_options(config: Config) -> Config:
     name = next((name for name, known in model_cfgs.items() if known == wanted), None)
     if name is None:
         raise ConversionError("backbone_config: timm has no HGNetV2 with these stages")
-    _refuse(usual, use_learnable_affine_block=name <= "hgnetv2_b3")
+    _require(usual, use_learnable_affine_block=name <= "hgnetv2_b3")
     out_indices = [number - 1 for number in stages(config)]
     return {"model": name, "out_indices": out_indices, "frozen_norms": True}
 

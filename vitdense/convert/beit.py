@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from vitdense.convert import preparation, upernet
+from vitdense.convert import preparation, upernet, vit
 from vitdense.convert.family import Family, Plan
 from vitdense.convert.names import Rules, Weights
-from vitdense.convert.source import Source
+from vitdense.convert.source import Source, require
 
 BACKBONE: Rules = [
     (r"^embeddings\.cls_token", "cls_token"),
@@ -16,10 +16,7 @@ BACKBONE: Rules = [
     (r"(attention\.attention\.)?relative_position_bias\.(relative)", r"attn.\2"),
     (r"attention\.(attention\.query|q_proj)\.bias", "attn.q_bias"),
     (r"attention\.(attention\.value|v_proj)\.bias", "attn.v_bias"),
-    (r"attention\.(attention\.query|q_proj)", "attn.qkv[0]"),
-    (r"attention\.(attention\.key|k_proj)", "attn.qkv[1]"),
-    (r"attention\.(attention\.value|v_proj)", "attn.qkv[2]"),
-    (r"attention\.(output\.dense|o_proj)", "attn.proj"),
+    *vit.ATTENTION,
     (r"layernorm_before", "norm1"),
     (r"layernorm_after", "norm2"),
     (r"\.(intermediate\.dense|mlp\.fc1)", ".mlp.fc1"),
@@ -64,9 +61,6 @@ class Beit(Family):
         return upernet.plan(source, model, preparation.sides(source.config.get("image_size", 640)))
 
     def fill(self, source: Source, weights: Weights) -> None:
-        weights.drop(r"\.num_batches_tracked$", "counts batches in training")
-        weights.drop(r"\.relative_position_index$", "is computed")
-        weights.drop(r"\.embeddings\.mask_token$", "is of use in its pre-training alone")
         weights.drop(r"^beit\.(layernorm|pooler)\.", "is for classification alone")
         for number in range(blocks(source)[-1] + 1, source.config.get("num_hidden_layers", 12)):
             weights.drop(rf"^beit\.(encoder\.layer|layers)\.{number}\.", "is behind the last map")
@@ -85,21 +79,17 @@ def blocks(source: Source) -> list[int]:
 def backbone(source: Source) -> dict[str, Any]:
     """The `backbone` mapping."""
     config = source.config
-    upernet.check(
-        source,
-        {
-            "use_relative_position_bias": True,
-            "use_absolute_position_embeddings": False,
-            "use_shared_relative_position_bias": False,
-            "hidden_act": "gelu",
-        },
+    require(
+        config,
+        source.name,
+        use_relative_position_bias=True,
+        use_absolute_position_embeddings=False,
+        use_shared_relative_position_bias=False,
+        hidden_act="gelu",
     )
-    width, depth = config.get("hidden_size", 768), config.get("num_hidden_layers", 12)
-    heads = config.get("num_attention_heads", 12)
-    ratio = config.get("intermediate_size", 4 * width) / width
     options: dict[str, Any] = {
         "name": "timm",
-        "model": SHAPES.get((width, depth, heads), "beit_base_patch16_224"),
+        **vit.size_options(config, SHAPES),
         "img_size": config.get("image_size", 224),
         "out_indices": blocks(source),
         "drop_path": config.get("drop_path_rate", 0.0),
@@ -108,7 +98,4 @@ def backbone(source: Source) -> dict[str, Any]:
     }
     if config.get("patch_size", 16) != 16:
         options["patch_size"] = config["patch_size"]
-    if (width, depth, heads) not in SHAPES or ratio != 4:
-        shape = {"embed_dim": width, "depth": depth, "num_heads": heads, "mlp_ratio": ratio}
-        options["options"] = shape
     return options

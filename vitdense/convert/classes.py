@@ -1,4 +1,4 @@
-"""Which classes a source knows, and which of its rows are theirs."""
+"""The classes of a source, and the rows of its classifiers that belong to them."""
 
 from __future__ import annotations
 
@@ -45,8 +45,7 @@ class Classes:
     Attributes:
         names, category_ids: of each, in order.
         rows: the row of each in the source's classifiers.
-        count: rows that the source's classifiers have for classes, the unused ones included, but
-            not those behind them for "no object".
+        count: rows of the source's classifiers, unused ones included; not that of "no object".
     """
 
     names: list[str]
@@ -55,24 +54,20 @@ class Classes:
     count: int
 
 
-def from_labels(config: dict[str, Any], count: int | None = None) -> Classes:
-    """From `id2label` in a config of transformers; COCO's get their usual names and ids.
-
-    Args:
-        count: rows of the classifiers, where they are not one for each label.
-    """
-    labels = config.get("id2label") or {i: f"LABEL_{i}" for i in range(count or 2)}
+def from_labels(config: dict[str, Any]) -> Classes:
+    """Classes of `id2label` in a config of transformers; COCO's get their usual names and ids."""
+    labels = config.get("id2label") or {0: "LABEL_0", 1: "LABEL_1"}
     labels = {int(i): str(name) for i, name in labels.items()}
     kept = {i: name for i, name in sorted(labels.items()) if name.strip().lower() not in UNUSED}
-    rows = list(kept)
+    rows, count = list(kept), max(labels) + 1
     names = [OTHER_NAMES.get(name, name) for name in kept.values()]
     if names == list(COCO.values()):
-        return Classes(names, list(COCO), rows, count or max(labels) + 1)
-    return Classes(list(kept.values()), rows, rows, count or max(labels) + 1)
+        return Classes(names, list(COCO), rows, count)
+    return Classes(list(kept.values()), rows, rows, count)
 
 
 def of_pixels(config: dict[str, Any], first: int) -> Classes:
-    """The classes of a semantic model, every row of them: background is a class of pixels too.
+    """Classes of a semantic model: every row is one, as background is a class of pixels too.
 
     Args:
         first: the label of the first class in label maps: 1 if label 0 is ignored there.
@@ -84,7 +79,7 @@ def of_pixels(config: dict[str, Any], first: int) -> Classes:
 
 
 def from_count(count: int) -> Classes:
-    """For a source that says no names: COCO's if it has 80, 90 or 91 rows, else numbers."""
+    """Classes of a source without names: COCO's if it has 80, 90 or 91 rows, else numbers."""
     if count == len(COCO):
         return Classes(list(COCO.values()), list(COCO), list(range(count)), count)
     if count == 90:  # the ids without 0
@@ -95,6 +90,6 @@ def from_count(count: int) -> Classes:
 
 
 def numbered(count: int) -> Classes:
-    """For rows of which nothing is known."""
+    """Classes named by their numbers."""
     numbers = list(range(count))
     return Classes([f"class {i}" for i in numbers], numbers, numbers, count)

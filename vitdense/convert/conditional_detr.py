@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from vitdense.convert import backbones, preparation
-from vitdense.convert.classes import from_labels
-from vitdense.convert.detr import LAYERS, attention_heads, check, feed_forward, fill_backbone
+from vitdense.convert.detr import LAYERS, USUAL, fill_backbone, plan
 from vitdense.convert.family import Family, Plan
 from vitdense.convert.names import Rules, Weights
-from vitdense.convert.source import ConversionError, Source
+from vitdense.convert.source import Source, require
 
 NAMES: list[tuple[str, str]] = [
     (r"^model\.", ""),
@@ -45,17 +43,16 @@ NAMES: list[tuple[str, str]] = [
 CONDITIONAL: Rules = [*NAMES, (r"^decoder\.ref_point_head", "queries.point")]
 DAB: Rules = [*NAMES, (r"^decoder\.ref_point_head", "queries.place")]
 
-USUAL: dict[str, tuple[Any, ...]] = {
-    "activation_function": ("prelu",),
-    "dilation": (False,),
-    "temperature_height": (20,),
-    "temperature_width": (20,),
-    "sine_position_embedding_scale": (None, 2 * math.pi),
-    "keep_query_pos": (False,),
-    "num_patterns": (0,),
-    "normalize_before": (False,),
+DAB_USUAL: dict[str, Any] = {
+    "activation_function": "prelu",
+    "dilation": False,
+    "temperature_height": 20,
+    "temperature_width": 20,
+    "keep_query_pos": False,
+    "num_patterns": 0,
+    "normalize_before": False,
 }
-"""What the options of DAB-DETR must be, the default first."""
+"""What the options of DAB-DETR must be."""
 
 
 class ConditionalDetr(Family):
@@ -67,8 +64,10 @@ class ConditionalDetr(Family):
         return source.model_type == "conditional_detr"
 
     def plan(self, source: Source) -> Plan:
-        check(source)
-        return _plan(source, "conditional", source.config.get("d_model", 256))
+        config = source.config
+        require(config, source.name, **USUAL)
+        width, queries = config.get("d_model", 256), config.get("num_queries", 300)
+        return plan(source, query_kind="conditional", width=width, queries=queries)
 
     def fill(self, source: Source, weights: Weights) -> None:
         fill_backbone(source, weights)
@@ -84,32 +83,13 @@ class DabDetr(Family):
         return source.model_type == "dab-detr"
 
     def plan(self, source: Source) -> Plan:
-        for key, allowed in USUAL.items():
-            value = source.config.get(key, allowed[0])
-            if value not in allowed:
-                raise ConversionError(
-                    f"{source.name}: {key} is {value!r}; only {allowed[0]!r} can be converted"
-                )
-        return _plan(source, "dab", source.config.get("hidden_size", 256))
+        require(source.config, source.name, **DAB_USUAL)
+        if source.config.get("sine_position_embedding_scale") is not None:  # null means 2 pi
+            require(source.config, source.name, sine_position_embedding_scale=2 * math.pi)
+        config = source.config
+        width, queries = config.get("hidden_size", 256), config.get("num_queries", 300)
+        return plan(source, query_kind="dab", width=width, queries=queries)
 
     def fill(self, source: Source, weights: Weights) -> None:
         fill_backbone(source, weights)
         weights.rename(DAB, into="head.")
-
-
-def _plan(source: Source, kind: str, width: int) -> Plan:
-    config = source.config
-    head = {
-        "name": "detr",
-        "query_kind": kind,
-        "width": width,
-        "heads": attention_heads(source),
-        "ffn": feed_forward(source, 2048),
-        "encoder_layers": config.get("encoder_layers", 6),
-        "decoder_layers": config.get("decoder_layers", 6),
-        "queries": config.get("num_queries", 300),
-        "dropout": config.get("dropout", 0.1),
-    }
-    model = {"backbone": backbones.plan(source), "neck": "none", "head": head}
-    size = {"shortest_edge": 800, "longest_edge": 1333}
-    return Plan(model, from_labels(config), preparation.detection(source, size))

@@ -1,4 +1,4 @@
-"""From a source to a `model.safetensors`."""
+"""`vitdense convert`: from public weights to a `model.safetensors` and a config."""
 
 from __future__ import annotations
 
@@ -30,6 +30,13 @@ PLACES: dict[str, dict[str, str]] = {
 }
 """Where the data sets of public models usually lie, and what their splits are called."""
 
+USELESS = {
+    r"\.num_batches_tracked$": "counts batches in training",
+    r"\.relative_position_index$": "is computed",
+    r"\.mask_token$": "stands for hidden patches in pretraining",
+}
+"""Tensors that no model needs, and why; a family does not see them."""
+
 DETECTION: dict[str, Any] = {
     "train": {"epochs": 12, "batch_size": 8},
     "optimizer": {"lr": 1e-4, "weight_decay": 1e-4, "backbone_scale": 0.1},
@@ -38,7 +45,7 @@ DETECTION: dict[str, Any] = {
 
 
 def convert(source: str, out: Path | str, partial: bool = False) -> Report:
-    """Convert public weights, and write `out` and beside it a config to train from it.
+    """Convert public weights to `out`, and write a config to train from them beside it.
 
     Args:
         source: a folder of transformers, a .safetensors, .pth, .bin or .pkl file, or a hub id.
@@ -77,6 +84,8 @@ def build(
         config = make_config(plan, out)
         make = checkpoint.without_weights(config.model)
         weights = Weights(source.weights)
+        for pattern, why in USELESS.items():
+            weights.drop(pattern, why)
         family.fill(source, weights)
     except ConversionError:
         raise
@@ -114,11 +123,14 @@ def fill(model: Model, weights: Weights, plan: Plan) -> Report:
         else:
             fitting[name] = tensor.to(ours[name].dtype)
             report.mapped[name] = tensor.numel()
-    report.unknown |= {name: "is of no use that is known" for name in weights.left}
-    for name in ours.keys() - fitting.keys():
-        if not name.endswith("num_batches_tracked"):
+    report.unknown |= dict.fromkeys(weights.left, "is of no use that is known")
+    for name in ours:
+        if name not in fitting and not name.endswith("num_batches_tracked"):
             why = _why_fresh(name, plan.fresh)
-            (report.missing if why is None else report.fresh)[name] = why or ""
+            if why is None:
+                report.missing.append(name)
+            else:
+                report.fresh[name] = why
     model.load_state_dict(fitting, strict=False)
     return report
 
@@ -140,7 +152,7 @@ def make_config(plan: Plan, out: Path) -> Config:
 
 
 def _cut_rows(weights: Weights, model: Model, make: Callable[[int], Model], plan: Plan) -> None:
-    """Keep the rows of the classes that are kept, and those behind the classes."""
+    """Cut the rows of unused classes from the source's classifiers; rows behind them stay."""
     rows, count = plan.classes.rows, plan.classes.count
     if rows == list(range(count)):
         return

@@ -6,14 +6,14 @@ import re
 
 from vitdense.convert import backbones, preparation
 from vitdense.convert.classes import from_labels
-from vitdense.convert.detr import LAYERS, attention_heads, check, feed_forward, fill_backbone
+from vitdense.convert.detr import LAYERS, USUAL, attention_heads, feed_forward, fill_backbone, same
 from vitdense.convert.family import Family, Plan
 from vitdense.convert.names import Rules, Weights
-from vitdense.convert.source import ConversionError, Source
+from vitdense.convert.source import Source, require
 
 
 def names(layers: int) -> Rules:
-    """Of the head; the predictor after those of the decoder's layers is the first stage's."""
+    """Rules for the head; the predictor numbered after the decoder's is that of the first stage."""
     return [
         (r"^model\.", ""),
         (r"^input_proj", "inputs"),
@@ -43,7 +43,7 @@ class DeformableDetr(Family):
 
     def plan(self, source: Source) -> Plan:
         config = source.config
-        check(source)
+        require(config, source.name, **USUAL)
         two_stage = config.get("two_stage", False)
         levels, backbone = config.get("num_feature_levels", 4), backbones.plan(source)
         maps = list(range(len(backbone["out_indices"])))
@@ -53,7 +53,7 @@ class DeformableDetr(Family):
             "num_levels": levels,
             "width": config.get("d_model", 256),
             "heads": attention_heads(source),
-            "points": _points(source),
+            "points": same(source, "encoder_n_points", "decoder_n_points", 4),
             "ffn": feed_forward(source, 1024),
             "encoder_layers": config.get("encoder_layers", 6),
             "decoder_layers": config.get("decoder_layers", 6),
@@ -62,9 +62,8 @@ class DeformableDetr(Family):
             "two_stage": two_stage,
             "box_refinement": config.get("with_box_refine", False),
         }
-        size = {"shortest_edge": 800, "longest_edge": 1333}
         model = {"backbone": backbone, "neck": "none", "head": head}
-        return Plan(model, from_labels(config), preparation.detection(source, size))
+        return Plan(model, from_labels(config), preparation.detection(source))
 
     def fill(self, source: Source, weights: Weights) -> None:
         fill_backbone(source, weights)
@@ -79,16 +78,6 @@ class DeformableDetr(Family):
         weights.change(r"^head\.first_stage\.predictor\.classes", lambda tensor: tensor[:1])
 
 
-def _points(source: Source) -> int:
-    counts = {source.config.get(f"{part}_n_points", 4) for part in ("encoder", "decoder")}
-    if len(counts) > 1:
-        raise ConversionError(
-            f"{source.name}: encoder_n_points and decoder_n_points differ; only equal ones can be "
-            "converted"
-        )
-    return counts.pop()
-
-
 def _drop_copies(weights: Weights) -> None:
     """Without refinement all layers share a predictor, which files may hold once for each."""
     for name in list(weights.left):
@@ -99,7 +88,7 @@ def _drop_copies(weights: Weights) -> None:
 
 
 def _untie(weights: Weights, layers: int) -> None:
-    """What transformers ties to the predictor of layer 0, its files do not hold."""
+    """Copy the predictor of layer 0 where transformers ties others to it and does not save them."""
     first = "head.decoder.predictors.0."
     for name in [name for name in weights.found if name.startswith(first)]:
         for layer in range(1, layers):

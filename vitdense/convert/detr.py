@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from vitdense.convert import backbones, preparation
 from vitdense.convert.classes import from_labels
 from vitdense.convert.family import Family, Plan
 from vitdense.convert.names import Rules, Weights
-from vitdense.convert.source import ConversionError, Source
+from vitdense.convert.source import ConversionError, Source, require
 
 LAYERS: list[tuple[str, str]] = [
     (r"^(encoder.*)\.self_attn\.", r"\1.attention."),
@@ -38,6 +40,10 @@ NAMES: Rules = [
 """Of the head."""
 
 
+USUAL = {"activation_function": "relu", "position_embedding_type": "sine", "dilation": False}
+"""What the options of DETR and its first descendants must be."""
+
+
 class Detr(Family):
     """`DetrForObjectDetection`."""
 
@@ -48,44 +54,40 @@ class Detr(Family):
 
     def plan(self, source: Source) -> Plan:
         config = source.config
-        check(source)
-        head = {
-            "name": "detr",
-            "width": config.get("d_model", 256),
-            "heads": attention_heads(source),
-            "ffn": feed_forward(source, 2048),
-            "encoder_layers": config.get("encoder_layers", 6),
-            "decoder_layers": config.get("decoder_layers", 6),
-            "queries": config.get("num_queries", 100),
-            "dropout": config.get("dropout", 0.1),
-        }
-        model = {"backbone": backbones.plan(source), "neck": "none", "head": head}
-        size = {"shortest_edge": 800, "longest_edge": 1333}
-        return Plan(model, from_labels(config), preparation.detection(source, size))
+        require(config, source.name, **USUAL)
+        return plan(
+            source, width=config.get("d_model", 256), queries=config.get("num_queries", 100)
+        )
 
     def fill(self, source: Source, weights: Weights) -> None:
         fill_backbone(source, weights)
         weights.rename(NAMES, into="head.")
 
 
-def check(source: Source) -> None:
-    """Raise ConversionError for options of transformers' DETRs that our heads have not."""
-    usual = {"activation_function": "relu", "position_embedding_type": "sine", "dilation": False}
-    for key, value in usual.items():
-        if source.config.get(key, value) != value:
-            raise ConversionError(
-                f"{source.name}: {key} is {source.config[key]!r}; only {value!r} can be converted"
-            )
+def plan(source: Source, **options: Any) -> Plan:
+    """A plan for the head `detr`; `options` are those that differ between its variants."""
+    config = source.config
+    head = {
+        "name": "detr",
+        "heads": attention_heads(source),
+        "ffn": feed_forward(source, 2048),
+        "encoder_layers": config.get("encoder_layers", 6),
+        "decoder_layers": config.get("decoder_layers", 6),
+        "dropout": config.get("dropout", 0.1),
+        **options,
+    }
+    model = {"backbone": backbones.plan(source), "neck": "none", "head": head}
+    return Plan(model, from_labels(config), preparation.detection(source))
 
 
 def attention_heads(source: Source) -> int:
     """Heads of attention; raises ConversionError if encoder and decoder differ."""
-    return _same(source, "encoder_attention_heads", "decoder_attention_heads", 8)
+    return same(source, "encoder_attention_heads", "decoder_attention_heads", 8)
 
 
 def feed_forward(source: Source, usual: int) -> int:
     """Hidden width; raises ConversionError if encoder and decoder differ."""
-    return _same(source, "encoder_ffn_dim", "decoder_ffn_dim", usual)
+    return same(source, "encoder_ffn_dim", "decoder_ffn_dim", usual)
 
 
 def fill_backbone(source: Source, weights: Weights) -> None:
@@ -94,7 +96,8 @@ def fill_backbone(source: Source, weights: Weights) -> None:
         backbones.fill(source, weights, within)
 
 
-def _same(source: Source, key: str, other: str, usual: int) -> int:
+def same(source: Source, key: str, other: str, usual: int) -> int:
+    """The value of two options that our head has as one; raises ConversionError if they differ."""
     ours, theirs = source.config.get(key, usual), source.config.get(other, usual)
     if ours != theirs:
         raise ConversionError(

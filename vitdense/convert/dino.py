@@ -12,8 +12,8 @@ from torch import Tensor
 from vitdense.convert import backbones, preparation
 from vitdense.convert.classes import from_count
 from vitdense.convert.family import Family, Plan
-from vitdense.convert.names import Rules, Weights
-from vitdense.convert.source import ConversionError, Source
+from vitdense.convert.names import Rules, Weights, count_layers
+from vitdense.convert.source import ConversionError, Source, require
 
 HEAD: Rules = [
     (r"^transformer\.", ""),
@@ -71,7 +71,7 @@ USUAL = {
     "use_deformable_box_attn": False,
     "add_channel_attention": False,
 }
-"""Arguments of training that change the model in ways that our head does not know."""
+"""What the arguments of training must be that change the model in ways our head does not know."""
 
 LABELS = "label_enc.weight"
 FIRST = "transformer.encoder.layers.0."
@@ -92,18 +92,15 @@ class Dino(Family):
         return source.model_type is None and needed | {places} <= source.weights.keys()
 
     def plan(self, source: Source) -> Plan:
-        check(source)
+        require(source.config, source.name, **USUAL)
         model = {
             "backbone": backbones.plan(_with_backbone(source)),
             "neck": "none",
             "head": plan_head(source),
         }
-        size = {"shortest_edge": 800, "longest_edge": 1333}
-        return Plan(model, from_count(_rows(source)), preparation.detection(source, size))
+        return Plan(model, from_count(_rows(source)), preparation.detection(source))
 
     def fill(self, source: Source, weights: Weights) -> None:
-        weights.drop(r"\.relative_position_index$", "is computed")
-        weights.drop(r"\.num_batches_tracked$", backbones.COUNTERS)
         if not source.config.get("dn_number", 100):
             weights.drop(rf"^{re.escape(LABELS)}$", "is for denoising, which was off in training")
         levels = enumerate(_levels(source))
@@ -114,16 +111,6 @@ class Dino(Family):
         weights.rename([*HEAD, *(one if _shares(source) else [])], into="head.")
         count = _rows(source)
         weights.change(r"^head\.denoising\.classes\.weight$", lambda rows: _padded(rows, count))
-
-
-def check(source: Source) -> None:
-    """Raise ConversionError for arguments that change the model in ways that ours has not."""
-    config = source.config
-    for key, value in USUAL.items():
-        if config.get(key, value) != value:
-            raise ConversionError(
-                f"{source.name}: {key} is {config[key]!r}; only {value!r} can be converted"
-            )
 
 
 def plan_head(source: Source) -> dict[str, Any]:
@@ -141,8 +128,8 @@ def plan_head(source: Source) -> dict[str, Any]:
         "heads": heads,
         "points": _points(source, heads * levels),
         "ffn": len(tensors[f"{FIRST}linear1.weight"]),
-        "encoder_layers": _count(tensors, r"^transformer\.encoder\.layers\.(\d+)\.norm1\.weight$"),
-        "decoder_layers": _count(tensors, r"^transformer\.decoder\.layers\.(\d+)\.norm1\.weight$"),
+        "encoder_layers": count_layers(tensors, "transformer.encoder.layers"),
+        "decoder_layers": count_layers(tensors, "transformer.decoder.layers"),
         "queries": config.get("num_queries", 900) if contents is None else len(contents),
         "dropout": config.get("dropout", 0.0),
         "two_stage": two_stage,
@@ -222,28 +209,20 @@ def _with_backbone(source: Source) -> Source:
 def _resnet(tensors: dict[str, Tensor]) -> dict[str, Any]:
     deep = "body.layer1.0.conv3.weight" in tensors
     last = "conv3" if deep else "conv2"
-    blocks = [rf"^body\.layer{i}\.(\d+)\.conv1\.weight$" for i in range(1, 5)]
     return {
         "model_type": "resnet",
         "layer_type": "bottleneck" if deep else "basic",
-        "depths": [_count(tensors, pattern) for pattern in blocks],
+        "depths": [count_layers(tensors, f"body.layer{i}") for i in range(1, 5)],
         "hidden_sizes": [len(tensors[f"body.layer{i}.0.{last}.weight"]) for i in range(1, 5)],
     }
 
 
 def _swin(tensors: dict[str, Tensor]) -> dict[str, Any]:
     table = "layers.{}.blocks.0.attn.relative_position_bias_table"
-    blocks = [rf"^layers\.{i}\.blocks\.(\d+)\.norm1\.weight$" for i in range(4)]
     return {
         "model_type": "swin",
         "embed_dim": len(tensors["patch_embed.proj.weight"]),
-        "depths": [_count(tensors, pattern) for pattern in blocks],
+        "depths": [count_layers(tensors, f"layers.{i}.blocks") for i in range(4)],
         "num_heads": [tensors[table.format(i)].shape[1] for i in range(4)],
         "window_size": (math.isqrt(len(tensors[table.format(0)])) + 1) // 2,
     }
-
-
-def _count(tensors: dict[str, Tensor], pattern: str) -> int:
-    """One more than the largest number that the pattern finds in a name."""
-    found = [int(match[1]) for name in tensors if (match := re.search(pattern, name))]
-    return max(found, default=-1) + 1

@@ -7,7 +7,7 @@ from typing import Any
 from vitdense.convert import preparation, upernet, vit
 from vitdense.convert.family import Family, Plan
 from vitdense.convert.names import Rules, Weights
-from vitdense.convert.source import ConversionError, Source
+from vitdense.convert.source import ConversionError, Source, require
 from vitdense.structures import Size
 
 SHAPES = {
@@ -29,15 +29,14 @@ class Dpt(Family):
     def plan(self, source: Source) -> Plan:
         config = source.config
         normed = bool(config.get("use_batch_norm_in_fusion_residual"))
-        upernet.check(
-            source,
-            {
-                "is_hybrid": False,
-                "hidden_act": "gelu",
-                "qkv_bias": True,
-                "reassemble_factors": [4, 2, 1, 0.5],
-                "head_in_index": -1,
-            },
+        require(
+            config,
+            source.name,
+            is_hybrid=False,
+            hidden_act="gelu",
+            qkv_bias=True,
+            reassemble_factors=[4, 2, 1, 0.5],
+            head_in_index=-1,
         )
         if config.get("use_bias_in_fusion_residual") not in (None, not normed):
             raise ConversionError(
@@ -58,7 +57,6 @@ class Dpt(Family):
 
     def fill(self, source: Source, weights: Weights) -> None:
         config = source.config
-        weights.drop(r"\.num_batches_tracked$", "counts batches in training")
         weights.drop(r"^dpt\.layernorm\.", "is behind the maps")
         weights.drop(r"^dpt\.pooler\.", "is for classification alone")
         weights.drop(r"fusion_stage\.layers\.0\.residual_layer1\.", "gets no map in transformers")
@@ -69,7 +67,7 @@ class Dpt(Family):
         weights.rename(vit.DPT, within="dpt.", into="backbone.model.")
         weights.change(
             r"\.pos_embed$",
-            lambda x: vit.resample(x, grid(source), prefix=1, antialias=False, mode="bilinear"),
+            lambda table: vit.resample(table, grid(source), prefix=1, mode="bilinear"),
         )
         weights.rename(head_rules(source), into="head.")
         weights.change(r"head\.readouts\.\d\.0\.weight", lambda matrix: matrix[..., None, None])
@@ -99,13 +97,10 @@ def head_rules(source: Source) -> Rules:
 def backbone(source: Source) -> dict[str, Any]:
     """The `backbone` mapping: a ViT whose last map has no norm."""
     config = source.config
-    width, depth = config.get("hidden_size", 768), config.get("num_hidden_layers", 12)
-    heads = config.get("num_attention_heads", 12)
-    ratio = config.get("intermediate_size", 4 * width) / width
     patch, (rows, columns) = config.get("patch_size", 16), grid(source)
     options: dict[str, Any] = {
         "name": "timm",
-        "model": SHAPES.get((width, depth, heads), "vit_base_patch16_384"),
+        **vit.size_options(config, SHAPES),
         "img_size": [rows * patch, columns * patch],
         "out_indices": blocks(source),
         "norm": False,
@@ -113,9 +108,6 @@ def backbone(source: Source) -> dict[str, Any]:
     }
     if patch != 16:
         options["patch_size"] = patch
-    if (width, depth, heads) not in SHAPES or ratio != 4:
-        shape = {"embed_dim": width, "depth": depth, "num_heads": heads, "mlp_ratio": ratio}
-        options["options"] = shape
     if readout(source) != "ignore":
         options["class_token"] = {"project": "concat", "add": "add"}[readout(source)]
     return options

@@ -10,7 +10,7 @@ from vitdense.convert import preparation
 from vitdense.convert.classes import COCO, Classes, of_pixels
 from vitdense.convert.family import Family, Plan
 from vitdense.convert.names import Rules, Weights
-from vitdense.convert.source import ConversionError, Source
+from vitdense.convert.source import ConversionError, Source, require
 
 Config = dict[str, Any]
 
@@ -84,6 +84,18 @@ SIZES: dict[tuple[int, ...], str] = {
 GIANT: dict[tuple[int, ...], str] = {(1536, 40, 24): "giant"}
 """DINOv2's, with gated MLPs."""
 
+DINOV3_USUAL: Config = {
+    "layer_norm_eps": 1e-5,
+    "use_gated_mlp": False,
+    "rope_theta": 100.0,
+    "query_bias": True,
+    "key_bias": False,
+    "value_bias": True,
+    "proj_bias": True,
+    "mlp_bias": True,
+}
+"""What the options of DINOv3 must be."""
+
 RECIPE: Config = {
     "train": {"epochs": 12, "batch_size": 16, "precision": "auto", "clip": 0.01},
     "optimizer": {"lr": 1e-4, "weight_decay": 0.05, "layer_decay": 0.8},
@@ -103,7 +115,8 @@ class Eomt(Family):
 
     def plan(self, source: Source) -> Plan:
         config = source.config
-        check(source, hidden_act="gelu", hidden_dropout_prob=0.0, attention_dropout=0.0)
+        usual = {"hidden_act": "gelu", "hidden_dropout_prob": 0.0, "attention_dropout": 0.0}
+        require(config, source.name, **usual)
         task, classes, dataset = answers(source)
         backbone = self.backbone(source) | preparation.statistics(source)
         model = {
@@ -130,7 +143,7 @@ class Eomt(Family):
     def backbone(self, source: Source) -> Config:
         """Options of `timm` for DINOv2."""
         config = source.config
-        check(source, layer_norm_eps=1e-6)
+        require(config, source.name, layer_norm_eps=1e-6)
         gated, ratio = config.get("use_swiglu_ffn", False), config.get("mlp_ratio", 4)
         size, options = shape(config, GIANT if gated else SIZES, "reg_tokens")
         if gated and (options or ratio != 4):
@@ -150,7 +163,6 @@ class Eomt(Family):
     def fill(self, source: Source, weights: Weights) -> None:
         weights.drop(r"^criterion\.", "is in the option `background`")
         weights.drop(r"^attn_mask_probs$", "is in the option `masking`")
-        weights.drop(r"^embeddings\.mask_token$", "is of use in its pre-training alone")
         if not source.config.get("num_register_tokens", 4):
             weights.drop(r"^embeddings\.register_tokens$", "there are none")
         for part in ("query.", "class_predictor.", "mask_head.", "upscale_block."):
@@ -174,8 +186,8 @@ class EomtDinov3(Eomt):
     def backbone(self, source: Source) -> Config:
         """Options of `timm` for DINOv3."""
         config = source.config
-        check(source, layer_norm_eps=1e-5, use_gated_mlp=False, key_bias=False, rope_theta=100.0)
-        check(source, query_bias=True, value_bias=True, proj_bias=True, mlp_bias=True)
+        options = {**(config.get("rope_parameters") or {}), **config}
+        require(options, source.name, **DINOV3_USUAL)
         size, options = shape(config, SIZES, "num_reg_tokens")
         width, hidden = config.get("hidden_size", 1024), config.get("intermediate_size", 4096)
         if hidden != 4 * width:
@@ -186,16 +198,6 @@ class EomtDinov3(Eomt):
             "drop_path": config.get("drop_path_rate", 0.0),
             "options": options,
         }
-
-
-def check(source: Source, **usual: Any) -> None:
-    """Raise ConversionError for options that have other values than our model has."""
-    config = {**(source.config.get("rope_parameters") or {}), **source.config}
-    for key, value in usual.items():
-        if config.get(key, value) != value:
-            raise ConversionError(
-                f"{source.name}: {key} is {config[key]!r}; only {value!r} can be converted"
-            )
 
 
 def shape(config: Config, sizes: dict[tuple[int, ...], str], registers: str) -> tuple[str, Config]:

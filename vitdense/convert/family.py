@@ -1,4 +1,4 @@
-"""What a family of public models promises, so that `vitdense convert` can read it.
+"""Families of public models that `vitdense convert` can read.
 
 To add a family, write one file in this folder with one subclass of `Family`; it is found by itself:
 
@@ -21,8 +21,9 @@ To add a family, write one file in this folder with one subclass of `Family`; it
             weights.rename(NAMES, within="model.", into="head.")  # a table: see names.Rules
 
 `Weights` (names.py) keeps the record: each tensor of the source is renamed, dropped with a reason,
-or left over, which is an error, and so is each of ours that nothing fills, but for `Plan.fresh`.
-The rows of classes that a plan leaves out (COCO's unused ids) are cut by the framework.
+or left over, which is an error. A tensor of ours that nothing fills is an error too, unless
+`Plan.fresh` names it. `conversion.py` drops what no model needs (counters, tables) before `fill`,
+and cuts the rows of classes that the plan leaves out (COCO's unused ids) after it.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ from typing import Any
 from vitdense.convert import backbones, preparation, vit
 from vitdense.convert.classes import COCO, Classes, from_count, from_labels, numbered
 from vitdense.convert.family import Family, Plan
-from vitdense.convert.names import Rules, Weights
-from vitdense.convert.source import ConversionError, Source
+from vitdense.convert.names import Rules, Weights, count_layers
+from vitdense.convert.source import ConversionError, Source, require
 
 Config = dict[str, Any]
 
@@ -114,12 +114,12 @@ class LwDetr(Family):
         config = source.config["backbone_config"]
         patch, size = config.get("patch_size", 16), preparation.detection(source, 640)["size"]
         height, width = (size, size) if isinstance(size, int) else size
-        fill(source, weights, vit.LW_DETR, max(backbones.stages(config)))
+        fill(weights, vit.LW_DETR, max(backbones.stages(config)))
         weights.change(r"^backbone\..*qkv\.bias$", vit.key_bias)
         grid = (height // patch, width // patch)
         weights.change(
             r"^backbone\..*pos_embed$",
-            lambda table: vit.resample(table, grid, prefix=1, antialias=False)[:, 1:],
+            lambda table: vit.resample(table, grid, prefix=1)[:, 1:],
         )
 
 
@@ -150,37 +150,24 @@ class RfDetr(Family):
         return Plan(model, classes, preparation.detection(source, config["resolution"]))
 
     def _backbone(self, source: Source, config: Config) -> Config:
-        stages = backbones.stages(config)
-        shape = tuple(
-            config.get(key, usual)
-            for key, usual in (
-                ("hidden_size", 768), ("num_hidden_layers", 12), ("num_attention_heads", 12)
-            )
-        )  # fmt: skip
-        options: Config = {}
-        if shape not in backbones.DINOV2_NAMES:
-            options = dict(zip(("embed_dim", "depth", "num_heads"), shape, strict=True))
-        if config.get("mlp_ratio", 4) != 4:
-            options["mlp_ratio"] = config["mlp_ratio"]
+        stages, depth = backbones.stages(config), config.get("num_hidden_layers", 12)
         return {
             "name": "timm",
-            "model": backbones.DINOV2_NAMES.get(shape, "vit_small_patch14_dinov2"),
+            **vit.size_options(config, backbones.DINOV2_NAMES),
             "img_size": config.get("image_size", 224),
             "patch_size": config.get("patch_size", 14),
             "out_indices": [stage - 1 for stage in stages],
             "windows": config.get("num_windows", 4),
             # the blocks behind the maps see the whole image
-            "global_blocks": [stage for stage in stages if stage < shape[1]],
+            "global_blocks": [stage for stage in stages if stage < depth],
             "norm": "all" if config.get("apply_layernorm", True) else False,
-            **({"options": options} if options else {}),
             **preparation.statistics(source),
         }
 
     def fill(self, source: Source, weights: Weights) -> None:
         config = describe(source)["backbone_config"]
         weights.drop(r"^segmentation_head\.", "makes masks, which this head does not")
-        weights.drop(r"\.mask_token$", "stands for hidden patches in pretraining")
-        fill(source, weights, vit.DINOV2, max(backbones.stages(config)))
+        fill(weights, vit.DINOV2, max(backbones.stages(config)))
 
 
 CLASSES = "class_embed.weight"
@@ -214,19 +201,19 @@ def describe(source: Source) -> Config:
     _check_arguments(source)
     scales = {"P3": 2.0, "P4": 1.0, "P5": 0.5}
     tensors = source.weights
-    groups = _count(tensors, r"^transformer\.enc_output\.(\d+)\.weight$")
+    groups = count_layers(tensors, "transformer.enc_output")
     return {
         "d_model": tensors[CLASSES].shape[1],
         "decoder_self_attention_heads": config["sa_nheads"],
         "decoder_cross_attention_heads": config["ca_nheads"],
         "decoder_n_points": config["dec_n_points"],
         "decoder_ffn_dim": len(tensors["transformer.decoder.layers.0.linear1.weight"]),
-        "decoder_layers": _count(tensors, r"^transformer\.decoder\.layers\.(\d+)\.norm1\.weight$"),
+        "decoder_layers": count_layers(tensors, "transformer.decoder.layers"),
         "group_detr": groups,
         "num_queries": len(tensors["refpoint_embed.weight"]) // groups,
         "dropout": config.get("dropout", 0.0),
         "lite_refpoint_refine": config.get("lite_refpoint_refine", True),
-        "c2f_num_blocks": _count(tensors, r"projector\.stages\.0\.0\.m\.(\d+)\.cv1\.conv\.weight$"),
+        "c2f_num_blocks": count_layers(tensors, "backbone.0.projector.stages.0.0.m"),
         "projector_scale_factors": [
             scales[level] for level in config.get("projector_scale", ["P4"])
         ],
@@ -242,10 +229,9 @@ def _describe_backbone(source: Source) -> Config:
     projection = source.weights[f"{within}embeddings.patch_embeddings.projection.weight"]
     positions = source.weights[f"{within}embeddings.position_embeddings"]
     width, _, patch, _ = projection.shape
-    pattern = re.escape(within) + r"encoder\.layer\.(\d+)\.norm1\.weight$"
     return {
         "hidden_size": width,
-        "num_hidden_layers": _count(source.weights, pattern),
+        "num_hidden_layers": count_layers(source.weights, f"{within}encoder.layer"),
         "num_attention_heads": width // 64,
         "patch_size": patch,
         "image_size": math.isqrt(positions.shape[1] - 1) * patch,
@@ -268,32 +254,25 @@ def _check_arguments(source: Source) -> None:
         raise ConversionError(f"{source.name}: {'; '.join(wrong)}: that cannot be converted")
 
 
-def _count(tensors: Config, pattern: str) -> int:
-    """One more than the largest number that the pattern finds in a name."""
-    found = [int(match[1]) for name in tensors if (match := re.search(pattern, name))]
-    return max(found, default=-1) + 1
-
-
 def check(source: Source, config: Config) -> None:
     """Raise ConversionError for options of transformers that our neck or head has not."""
-    usual = {
-        "activation_function": "silu",
-        "decoder_activation_function": "relu",
-        "hidden_expansion": 0.5,
-        "attention_bias": True,
-        "num_feature_levels": len(config.get("projector_scale_factors", [])),
-    }
-    found = {key: config.get(key, value) for key, value in usual.items()}
-    backbone = {"hidden_act": "gelu", "qkv_bias": True, "use_swiglu_ffn": False}
-    backbone["use_absolute_position_embeddings"] = True
-    options = config.get("backbone_config", {})
-    usual |= {f"backbone_config.{key}": value for key, value in backbone.items()}
-    found |= {f"backbone_config.{key}": options.get(key, value) for key, value in backbone.items()}
-    for key, value in usual.items():
-        if found[key] != value:
-            raise ConversionError(
-                f"{source.name}: {key} is {found[key]!r}; only {value!r} can be converted"
-            )
+    require(
+        config,
+        source.name,
+        activation_function="silu",
+        decoder_activation_function="relu",
+        hidden_expansion=0.5,
+        attention_bias=True,
+        num_feature_levels=len(config.get("projector_scale_factors", [])),
+    )
+    require(
+        config.get("backbone_config", {}),
+        f"{source.name}: backbone_config",
+        hidden_act="gelu",
+        qkv_bias=True,
+        use_swiglu_ffn=False,
+        use_absolute_position_embeddings=True,
+    )
 
 
 def neck(config: Config, scales: list[float], norm: str) -> Config:
@@ -327,9 +306,8 @@ def head(config: Config) -> Config:
     }
 
 
-def fill(source: Source, weights: Weights, backbone: Rules, blocks: int) -> None:
-    """Rename all; `blocks` of the backbone are used."""
-    weights.drop(r"\.num_batches_tracked$", backbones.COUNTERS)
+def fill(weights: Weights, backbone: Rules, blocks: int) -> None:
+    """Rename everything, but for the blocks of the backbone behind the first `blocks`."""
     for name in list(weights.left):
         match = re.search(r"backbone\..*\.encoder\.layer\.(\d+)\.", name)
         if match and int(match[1]) >= blocks:

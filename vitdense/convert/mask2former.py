@@ -14,7 +14,7 @@ from vitdense.convert.detr import LAYERS
 from vitdense.convert.eomt import COCO_PANOPTIC, labels
 from vitdense.convert.family import Family, Plan
 from vitdense.convert.names import Rules, Weights
-from vitdense.convert.source import ConversionError, Source
+from vitdense.convert.source import ConversionError, Source, require
 
 LEVELS = 3
 """Maps that attention reads, in transformers always three."""
@@ -72,6 +72,16 @@ RECIPE: dict[str, Any] = {
 """The optimizer of the published models."""
 
 
+USUAL: dict[str, Any] = {
+    "activation_function": "relu",
+    "pre_norm": False,
+    "enforce_input_projection": False,
+    "common_stride": 4,
+    "feature_strides": [4, 8, 16, 32],
+}
+"""What its options must be."""
+
+
 class Mask2Former(Family):
     """`Mask2FormerForUniversalSegmentation`."""
 
@@ -82,14 +92,16 @@ class Mask2Former(Family):
 
     def plan(self, source: Source) -> Plan:
         config = source.config
-        check(source)
+        width = config.get("hidden_dim", 256)
+        sizes = {"feature_size": width, "mask_feature_size": width}
+        require(config, source.name, **USUAL, **sizes)
         task = task_of(source)
         head = {
             "name": "mask2former",
             "task": task,
             "num_levels": LEVELS,
             "queries": config.get("num_queries", 100),
-            "width": config.get("hidden_dim", 256),
+            "width": width,
             "heads": config.get("num_attention_heads", 8),
             "encoder_layers": config.get("encoder_layers", 6),
             "encoder_ffn": config.get("encoder_feedforward_dim", 1024),
@@ -108,8 +120,7 @@ class Mask2Former(Family):
                 f"{source.name}: its backbone gives {len(backbone['out_indices'])} maps; only "
                 "models that read four can be converted"
             )
-        size = {"shortest_edge": 800, "longest_edge": 1333}
-        transforms = preparation.detection(source, size)
+        transforms = preparation.detection(source)
         if task == "semantic":
             transforms = preparation.segmentation(source, 512)
         classes, dataset = classes_of(source, task)
@@ -128,26 +139,6 @@ class Mask2Former(Family):
         if things is not None:
             weights.found["head.things"] = things
             weights.origin["head.things"] = ["config.json"]
-
-
-def check(source: Source) -> None:
-    """Raise ConversionError for options that our head has not."""
-    config = source.config
-    width = config.get("hidden_dim", 256)
-    usual = {
-        "activation_function": "relu",
-        "pre_norm": False,
-        "enforce_input_projection": False,
-        "feature_size": width,
-        "mask_feature_size": width,
-        "common_stride": 4,
-        "feature_strides": [4, 8, 16, 32],
-    }
-    for key, value in usual.items():
-        if config.get(key, value) != value:
-            raise ConversionError(
-                f"{source.name}: {key} is {config[key]!r}; only {value!r} can be converted"
-            )
 
 
 def task_of(source: Source) -> str:

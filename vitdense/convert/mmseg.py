@@ -63,8 +63,6 @@ class MmsegUPerNet(Family):
         )
 
     def fill(self, source: Source, weights: Weights) -> None:
-        weights.drop(r"\.num_batches_tracked$", "counts batches in training")
-        weights.drop(r"\.relative_position_index$", "is computed")
         weights.rename(BACKBONE, within="backbone.", into="backbone.")
         weights.change(r"downsample\.(norm|reduction)\.", merge_order)
         weights.rename(HEAD, into="head.")

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 Rules = Iterable[tuple[str, str | Callable[[re.Match[str]], str]]]
-"""Regular expressions and replacements as of `re.sub`, applied to a name one after the other.
+"""Patterns and replacements for `re.sub`, applied to a name one after the other.
 
-In the name that comes out, `qkv[1].weight` is the second of several tensors that are joined along
-their first axis into `qkv.weight`, and `{query,key,value}.weight` is split along it into three.
+If a new name is `qkv[1].weight`, the tensor is the second of those that are joined along their
+first axis into `qkv.weight`. If it is `{query,key,value}.weight`, it is split along that axis.
 """
 
 
 class Weights:
-    """A source's tensors; whatever nobody renames or drops is left over, and is reported.
+    """A source's tensors; those that are neither renamed nor dropped are left over, and reported.
 
     Attributes:
         left: not yet taken, by the source's names.
@@ -39,7 +39,7 @@ class Weights:
             self.dropped[name] = why
 
     def rename(self, rules: Rules, within: str = "", into: str = "") -> None:
-        """Take all names that begin with `within`; rules see the rest, `into` is put before it.
+        """Take all names that begin with `within`; `into` replaces it, and rules see the rest.
 
         Raises:
             ValueError: two tensors that differ come to have one name.
@@ -53,13 +53,13 @@ class Weights:
         self._join()
 
     def change(self, pattern: str, function: Callable[[Tensor], Tensor]) -> None:
-        """Apply a function to every tensor whose name among ours the pattern is found in."""
+        """Apply a function to every tensor whose new name the pattern is found in."""
         for name in self.found:
             if re.search(pattern, name):
                 self.found[name] = function(self.found[name])
 
     def copy(self, name: str, other: str) -> None:
-        """Let the tensor of one of our names be that of another too, unless it has its own."""
+        """Give the tensor of `name` to `other` too, unless that has one."""
         if other not in self.found:
             self.found[other], self.origin[other] = self.found[name], self.origin[name]
 
@@ -95,6 +95,13 @@ def rename(tensors: dict[str, Tensor], rules: Rules) -> dict[str, Tensor]:
     weights = Weights(tensors)
     weights.rename(rules)
     return weights.found
+
+
+def count_layers(names: Iterable[str], within: str) -> int:
+    """How many layers `within` has, from names such as `within.3.weight`."""
+    start = f"{within}."
+    ends = [name.removeprefix(start) for name in names if name.startswith(start)]
+    return max((int(end.partition(".")[0]) for end in ends), default=-1) + 1
 
 
 def _split(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:

@@ -10,6 +10,9 @@ IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 HALF = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
 RAW = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
 
+COCO_SIZE = {"shortest_edge": 800, "longest_edge": 1333}
+"""Of images in most detectors of COCO, as transformers writes it."""
+
 ADE20K = 150
 """Classes of its benchmark."""
 
@@ -27,7 +30,7 @@ def statistics(source: Source, usual: dict[str, list[float]] = IMAGENET) -> dict
     }
 
 
-def detection(source: Source, usual: int | dict[str, int]) -> dict[str, Any]:
+def detection(source: Source, usual: int | dict[str, int] = COCO_SIZE) -> dict[str, Any]:
     """`data.transforms` for a detector.
 
     Args:

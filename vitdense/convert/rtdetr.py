@@ -9,14 +9,14 @@ from vitdense.convert.classes import from_labels
 from vitdense.convert.detr import LAYERS, attention_heads, fill_backbone
 from vitdense.convert.family import Family, Plan
 from vitdense.convert.names import Rules, Weights
-from vitdense.convert.source import ConversionError, Source
+from vitdense.convert.source import ConversionError, Source, require
 
 CSP: list[tuple[str, str]] = [
     (r"\.conv1\.(?=conv|norm)", ".through."),
     (r"\.conv2\.(?=conv|norm)", ".around."),
     (r"\.conv3\.(?=conv|norm)", ".out."),
 ]
-"""A merging block of RT-DETR, or half of one of D-FINE."""
+"""A merging block of RT-DETR; one of D-FINE has two of them."""
 
 ENCODER: Rules = [
     (r"\blateral_convs\b", "laterals"),
@@ -50,7 +50,7 @@ PLACES: list[tuple[str, str]] = [
     (r"^model\.", ""),
     (r"^(class|bbox)_embed", r"decoder.\1_embed"),
 ]
-"""A file may hold the predictors a second time, outside of the decoder."""
+"""Files may hold the predictors a second time, outside of the decoder."""
 
 HEAD: list[tuple[str, str]] = [
     (r"^encoder_input_proj\.(\d+)\.0", r"inputs.\1.conv"),
@@ -99,10 +99,7 @@ class RTDetr(Family):
         return source.model_type in {"rt_detr", "rt_detr_v2"}
 
     def plan(self, source: Source) -> Plan:
-        head = plan_head(source) | {
-            "offset_scale": source.config.get("decoder_offset_scale", 0.5),
-        }
-        return plan(source, head)
+        return plan(source, plan_head(source))
 
     def fill(self, source: Source, weights: Weights) -> None:
         fill(source, weights, fine=False)
@@ -119,15 +116,14 @@ class DFine(Family):
     def plan(self, source: Source) -> Plan:
         config = source.config
         layers = config.get("decoder_layers", 6)
-        check(source, {"top_prob_values": 4, "lqe_hidden_dim": 64, "lqe_layers": 2, "up": 0.5})
-        check(source, {"layer_scale": 1})
+        usual = {"top_prob_values": 4, "lqe_hidden_dim": 64, "lqe_layers": 2, "up": 0.5}
+        require(config, source.name, **usual, layer_scale=1)
         if config.get("eval_idx", -1) not in (-1, layers - 1):
             raise ConversionError(
                 f"{source.name}: eval_idx is {config['eval_idx']}; only models that answer with "
                 "their last layer can be converted"
             )
         head = plan_head(source) | {
-            "offset_scale": config.get("decoder_offset_scale", 0.5),
             "fusion": "elan",
             "blocks": round(3 * config.get("depth_mult", 1.0)),
             "project_memory": config.get("d_model", 256)
@@ -143,7 +139,7 @@ class DFine(Family):
 
 
 def plan(source: Source, head: dict[str, Any]) -> Plan:
-    """The model around a head; pixels are not normalised unless the preprocessor says so."""
+    """A plan with this head. Pixels are not normalised unless the preprocessor says so."""
     backbone = backbones.plan(source) | preparation.statistics(source, preparation.RAW)
     head["input_levels"] = list(range(len(backbone["out_indices"])))
     model = {"backbone": backbone, "neck": "none", "head": head}
@@ -153,7 +149,7 @@ def plan(source: Source, head: dict[str, Any]) -> Plan:
 def plan_head(source: Source) -> dict[str, Any]:
     """The options that all of them share."""
     config = source.config
-    check(source, USUAL)
+    require(config, source.name, **USUAL)
     check_levels(source)
     width, inner = config.get("d_model", 256), config.get("encoder_hidden_dim", 256)
     return {
@@ -174,6 +170,7 @@ def plan_head(source: Source) -> dict[str, Any]:
         "decoder_layers": config.get("decoder_layers", 6),
         "ffn": config.get("decoder_ffn_dim", 1024),
         "points": config.get("decoder_n_points", 4),
+        "offset_scale": config.get("decoder_offset_scale", 0.5),
         "dropout": config.get("dropout", 0.0),
         "denoising": config.get("num_denoising", 100),
         "label_noise": config.get("label_noise_ratio", 0.5),
@@ -195,15 +192,6 @@ USUAL = {
     "layer_norm_eps": 1e-5,
     "batch_norm_eps": 1e-5,
 }
-
-
-def check(source: Source, usual: dict[str, Any]) -> None:
-    """Raise ConversionError for options of transformers that our head has not."""
-    for key, value in usual.items():
-        if source.config.get(key, value) != value:
-            raise ConversionError(
-                f"{source.name}: {key} is {source.config[key]!r}; only {value!r} can be converted"
-            )
 
 
 def check_levels(source: Source) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from vitdense.convert import preparation, upernet
 from vitdense.convert.family import Family, Plan
 from vitdense.convert.names import Rules, Weights
-from vitdense.convert.source import Source
+from vitdense.convert.source import Source, require
 
 BACKBONE: Rules = [
     # of files before transformers 5
@@ -77,7 +77,6 @@ class SegFormer(Family):
         return upernet.plan(source, model, 512)
 
     def fill(self, source: Source, weights: Weights) -> None:
-        weights.drop(r"\.num_batches_tracked$", "counts batches in training")
         weights.rename(BACKBONE, within="segformer.", into="backbone.model.")
         weights.rename(HEAD, into="head.")
         weights.change(r"head\.inputs\.\d\.weight", lambda matrix: matrix[..., None, None])
@@ -93,15 +92,14 @@ def finest_first(matrix: Tensor, count: int) -> Tensor:
 def backbone(source: Source) -> dict[str, Any]:
     """The `backbone` mapping."""
     config = source.config
-    upernet.check(
-        source,
-        {
-            "hidden_act": "gelu",
-            "num_encoder_blocks": 4,
-            "patch_sizes": [7, 3, 3, 3],
-            "strides": [4, 2, 2, 2],
-            "reshape_last_stage": True,
-        },
+    require(
+        config,
+        source.name,
+        hidden_act="gelu",
+        num_encoder_blocks=4,
+        patch_sizes=[7, 3, 3, 3],
+        strides=[4, 2, 2, 2],
+        reshape_last_stage=True,
     )
     depths = list(config.get("depths") or (2, 2, 2, 2))
     widths = list(config.get("hidden_sizes") or (32, 64, 160, 256))

@@ -1,4 +1,4 @@
-"""Reading what others have written: folders of transformers, hub ids, .safetensors, .pth, .pkl."""
+"""Reading public weights: folders of transformers, hub ids, .safetensors, .pth, .bin, .pkl."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitdense.engine import checkpoint
+
 WHOLE = "model.safetensors"
 SHARDS = "model.safetensors.index.json"
 OLD = "pytorch_model.bin"
 OLD_SHARDS = "pytorch_model.bin.index.json"
 
 STATES = (("ema", "module"), ("ema_model",), ("model",), ("state_dict",), ("model_state_dict",))
-"""Where training states keep weights; an average of them goes before the weights themselves."""
+"""Keys under which training states keep weights; an average (EMA) is preferred."""
 
 
 class ConversionError(Exception):
@@ -47,6 +49,24 @@ class Source:
     def model_type(self) -> str | None:
         """What transformers calls the architecture; None if the source is not of transformers."""
         return self.config.get("model_type")
+
+
+def require(config: dict[str, Any], name: str, /, **usual: Any) -> None:
+    """Refuse options that our model does not have.
+
+    Args:
+        config: options of the source; what it leaves out has its usual value.
+        name: whose they are, for the message.
+        usual: the only value of each option that can be converted.
+
+    Raises:
+        ConversionError: an option has another value.
+    """
+    for key, value in usual.items():
+        if config.get(key, value) != value:
+            raise ConversionError(
+                f"{name}: {key} is {config[key]!r}; only {value!r} can be converted"
+            )
 
 
 def read(name: str) -> Source:
@@ -84,6 +104,10 @@ def _read_folder(folder: Path) -> Source:
 
 def _read_file(path: Path) -> Source:
     """A single file; the config.json beside a .safetensors or .bin belongs to it."""
+    if path.suffix == ".safetensors" and _is_ours(path):
+        raise ConversionError(
+            f"{path}: is a model of vitdense already, for eval, predict and train.init"
+        )
     weights, arguments = read_weights(path)
     source = Source(str(path), weights, arguments)
     beside = path.with_name("config.json")
@@ -92,6 +116,14 @@ def _read_file(path: Path) -> Source:
         preprocessor = path.with_name("preprocessor_config.json")
         source.preprocessor = _read_json(preprocessor) if preprocessor.is_file() else {}
     return source
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        checkpoint.read_meta(path)
+    except checkpoint.CheckpointError:
+        return False
+    return True
 
 
 def _read_hub(name: str) -> Source:
@@ -159,10 +191,14 @@ def _load(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+    except Exception as error:  # what is no file of torch raises nearly anything
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        if wanted is None:
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            raise ConversionError(f"{path}: is no file of weights ({reason})") from error
         raise ConversionError(
-            f"{path}: cannot be read without running code from it ({str(error).splitlines()[0]}); "
-            "save its tensors alone, with torch.save(model.state_dict(), ...)"
+            f"{path}: cannot be read without running code from it: it wants {wanted[1]}; save its "
+            "tensors alone, with torch.save(model.state_dict(), ...)"
         ) from error
 
 

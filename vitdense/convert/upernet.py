@@ -8,7 +8,7 @@ from vitdense.convert import backbones, preparation
 from vitdense.convert.classes import of_pixels
 from vitdense.convert.family import Family, Plan
 from vitdense.convert.names import Rules, Weights
-from vitdense.convert.source import ConversionError, Source
+from vitdense.convert.source import Source, require
 
 HEAD: Rules = [
     (r"^auxiliary_head\.convs\.0", "aux.0"),
@@ -54,7 +54,7 @@ class UPerNet(Family):
 def plan_head(source: Source, width: int) -> dict[str, Any]:
     """The head's options; `width` is that of the pyramid if the config says none."""
     config = source.config
-    check(source, {"auxiliary_num_convs": 1, "auxiliary_concat_input": False})
+    require(config, source.name, auxiliary_num_convs=1, auxiliary_concat_input=False)
     return {
         "name": "upernet",
         "channels": config.get("hidden_size", width),
@@ -89,12 +89,3 @@ def aux_weight(source: Source) -> float:
     if not source.config.get("use_auxiliary_head", True):
         return 0.0
     return source.config.get("auxiliary_loss_weight", 0.4)
-
-
-def check(source: Source, usual: dict[str, Any]) -> None:
-    """Raise ConversionError for options of transformers that our head has not."""
-    for key, value in usual.items():
-        if source.config.get(key, value) != value:
-            raise ConversionError(
-                f"{source.name}: {key} is {source.config[key]!r}; only {value!r} can be converted"
-            )

@@ -10,7 +10,7 @@ from torch import Tensor
 from vitdense.convert import preparation
 from vitdense.convert.classes import from_count
 from vitdense.convert.family import Family, Plan
-from vitdense.convert.names import Rules, Weights, rename
+from vitdense.convert.names import Rules, Weights
 from vitdense.convert.source import Source
 from vitdense.convert.vit import resample
 from vitdense.structures import Size
@@ -32,27 +32,7 @@ VITDET: Rules = [
     (r"^backbone\.net\.", "backbone.model."),
     (r"^backbone\.simfp_([2-5])\.(\d)\.(norm\.)?", _pyramid),
 ]
-"""From `backbone.` on. `positions` makes up for the rest."""
-
-
-def vitdet_to_vitdense(tensors: dict[str, Tensor], grid: Size | None = None) -> dict[str, Tensor]:
-    """ViTDet's `backbone.net` as timm's SAM encoder and `backbone.simfp_*` as our pyramid.
-
-    The model to load it into has `backbone: {name: timm, model: samvit_base_patch16,
-    out_indices: [11]}` and `neck: simple_feature_pyramid`.
-
-    Args:
-        grid: (rows, columns) of absolute positions to give; by default that of the images it was
-            trained on, as the global blocks' relative positions tell it.
-
-    Returns:
-        names of our pyramid model (`backbone.model.`, `neck.stages.`); unknown names are kept.
-    """
-    found = rename(tensors, VITDET)
-    name = "backbone.model.pos_embed"
-    if name in found:
-        found[name] = positions(found[name], grid or trained_grid(tensors))
-    return found
+"""`net` is timm's SAM encoder, `simfp_*` are the stages of our pyramid."""
 
 
 def positions(table: Tensor, grid: Size | None) -> Tensor:
@@ -60,12 +40,15 @@ def positions(table: Tensor, grid: Size | None) -> Tensor:
     side = int(table.shape[1] ** 0.5)
     prefix = table.shape[1] - side * side
     rows, columns = grid or (side, side)
-    cells = resample(table, (rows, columns), prefix, antialias=False)[:, prefix:]
+    cells = resample(table, (rows, columns), prefix)[:, prefix:]
     return cells.unflatten(1, (rows, columns))
 
 
 def trained_grid(tensors: dict[str, Tensor]) -> Size | None:
-    """A block over n patches has 2 n - 1 relative positions; global blocks have the most."""
+    """(rows, columns) of patches of the images it was trained on, None if that is not known.
+
+    A block over n patches has 2 n - 1 relative positions; global blocks have the most.
+    """
     rows, columns = (
         max((len(value) for name, value in tensors.items() if name.endswith(axis)), default=0)
         for axis in ("rel_pos_h", "rel_pos_w")

@@ -18,6 +18,7 @@ from vitdense.data.label_maps import (
     label_table,
     labels_in,
     look_up,
+    warn_of_no_class,
 )
 from vitdense.data.layouts import Layout, find_layout
 from vitdense.data.segments import MapDataset, paired_names
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 LAYOUTS = (
     Layout("annotations/{split}", "images/{split}"),
     Layout("labels/{split}", "images/{split}"),
+    Layout("masks/{split}", "images/{split}"),
     Layout("{split}/labels", "{split}/images"),
     Layout("{split}/masks", "{split}/images"),
 )
@@ -78,7 +80,7 @@ class Ade20kDataset(MapDataset):
         return Target(semantic=look_up(path, read_labels(path), self._table, remedy))
 
     def _check_labels(self, told: bool) -> None:
-        """Look for the two usual misunderstandings in the first maps.
+        """Look for the usual misunderstandings in the first maps.
 
         Args:
             told: the file of classes says which labels they have.
@@ -89,6 +91,7 @@ class Ade20kDataset(MapDataset):
                 f"{self.annotations}: the first {len(maps)} label maps hold 0 and 255 alone; for "
                 "masks take the data set folders with binary: true"
             )
+        warn_of_no_class(self.annotations, maps, self.category_ids)
         last = self.category_ids[-1]
         if told or last != len(self.classes):
             return

@@ -103,6 +103,8 @@ def read_entries(path: Path) -> list[Entry]:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
     if path.suffix == ".json":
         entries = _from_json(path, text)
     elif _columns(text) & {"idx", "r"}:

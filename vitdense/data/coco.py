@@ -62,7 +62,7 @@ class CocoDataset(Dataset):
     def __getitem__(self, index: int) -> Sample:
         path, size = self.image_path(index), self._file.size(index)
         image = self.read_image(path, size)
-        image_id = self._file.image_ids[index].item()
+        image_id = self._file.image_ids.item(index)
         return Sample(image, self.target(index), image_id, size, path)
 
     def image_path(self, index: int) -> Path:

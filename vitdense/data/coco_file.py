@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
-from pathlib import Path
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
 from typing import Any
+from unicodedata import normalize
+from urllib.parse import unquote
 
 import numpy as np
 
@@ -49,10 +53,14 @@ class CocoFile:
     def _categories(self, entries: list[dict[str, Any]]) -> tuple[list[int], list[str]]:
         if not entries:
             raise DataError(f"{self.path}: `categories` is empty; list each class's id and name")
-        try:
-            named = {int(entry["id"]): str(entry["name"]) for entry in entries}
-        except (KeyError, TypeError, ValueError):
-            raise DataError(f"{self.path}: each category needs a whole `id` and a `name`") from None
+        for entry in entries:
+            key, name = entry.get("id"), entry.get("name")
+            if not isinstance(key, int | float) or key % 1 != 0 or name in (None, ""):
+                raise DataError(
+                    f"{self.path}: each category needs a whole `id`, as a number, and a `name`; "
+                    f"one has the id {key!r} and the name {name!r}"
+                )
+        named = {int(entry["id"]): str(entry["name"]) for entry in entries}
         if len(named) < len(entries):
             raise DataError(f"{self.path}: two categories have the same id; ids must be unique")
         ids = sorted(named)
@@ -67,7 +75,11 @@ class CocoFile:
         except KeyError as key:
             raise DataError(f"{self.path}: an entry of `images` has no {key}") from None
         if not (all(isinstance(key, int) for key in ids) or all(isinstance(k, str) for k in ids)):
-            raise DataError(f"{self.path}: the ids of `images` must all be numbers, or all texts")
+            kinds = sorted({type(key).__name__ for key in ids})
+            raise DataError(
+                f"{self.path}: the ids of `images` must all be whole numbers, or all texts, not "
+                f"{' and '.join(kinds)}"
+            )
         self._index = {key: place for place, key in enumerate(ids)}
         if len(self._index) < len(ids):
             twice = next(key for place, key in enumerate(ids) if self._index[key] != place)
@@ -79,30 +91,59 @@ class CocoFile:
     def _annotations(self, entries: list[dict[str, Any]], segmentations: bool) -> None:
         if not entries:
             log.warning("%s: no annotations, every image counts as empty", self.path)
-        self._label_of = {key: label for label, key in enumerate(self.category_ids)}
+        self._label_of: dict[Any, int] = {key: label for label, key in enumerate(self.category_ids)}
         owners = np.array([self._owner(entry) for entry in entries], dtype=np.int64)
         labels = np.array([self._label(entry) for entry in entries], dtype=np.int32)
         boxes = np.array([self._box(entry) for entry in entries], dtype=np.float64).reshape(-1, 4)
-        areas = [_area(entry) for entry in entries]
+        areas = np.array([self._area(entry) for entry in entries], dtype=np.float64)
+        areas = np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas)
+        crowd = np.array([self._is_crowd(entry) for entry in entries], dtype=bool)
+        self._check_crowds(crowd)
+        self._check_classes(np.unique(labels).tolist())
         boxes, keep = self._cut(boxes, owners)
         order = np.flatnonzero(keep)[np.argsort(owners[keep], kind="stable")]
         self.ids = np.array([entry.get("id", -1) for entry in entries])[order]
         self.labels, self.boxes = labels[order], boxes[order].astype(np.float32)
-        self.crowd = np.array([bool(e.get("iscrowd")) for e in entries], dtype=bool)[order]
-        self.area = np.array(areas, dtype=np.float32)[order]
+        self.crowd, self.area = crowd[order], areas[order].astype(np.float32)
         self.starts = np.searchsorted(owners[order], np.arange(len(self.names) + 1))
         if segmentations:
-            found = [entries[i].get("segmentation") for i in order]
-            self._check_masks(found)
-            texts = [json.dumps(each).encode() for each in found]
+            self._check_masks([entries[i] for i in order])
+            texts = [json.dumps(entries[i]["segmentation"]).encode() for i in order]
             self._segments = b"".join(texts)
             self._segment_ends = np.cumsum([0, *map(len, texts)])
         del self._index, self._label_of  # worker processes share the arrays alone
 
-    def _check_masks(self, segmentations: list[Any]) -> None:
+    def _check_crowds(self, crowd: np.ndarray) -> None:
+        """Some tools write the flag for every mask, and then there is nothing to learn."""
+        if 2 * crowd.sum() > len(crowd):
+            log.warning(
+                "%s: %d of %d annotations are crowds (iscrowd: 1): training drops them, evaluation "
+                "ignores them; write 0 where each is one object",
+                self.path, crowd.sum(), len(crowd),
+            )  # fmt: skip
+
+    def _check_classes(self, used: list[int]) -> None:
+        """Roboflow may list a group of classes by the name of one: without objects it stays."""
+        ids: dict[str, int] = {}
+        for label in used:
+            name, key = self.classes[label], self.category_ids[label]
+            if name in ids:
+                raise DataError(
+                    f"{self.path}: categories {ids[name]} and {key} are both called '{name}' and "
+                    "have objects; give them different names, or their annotations one category_id"
+                )
+            ids[name] = key
+
+    def _check_masks(self, entries: list[dict[str, Any]]) -> None:
         """A file of boxes alone must not pass for one whose masks are all empty."""
-        empty = sum(each == [] for each in segmentations)
-        if empty and empty == len(segmentations):
+        without = [it for it in entries if not isinstance(it.get("segmentation"), list | dict)]
+        if without:
+            raise DataError(
+                f"{self._named(without[0])}: segmentation is missing: give a list of polygons or "
+                f"an RLE ({len(without)} of {len(entries)} have none), or leave out `masks: true`"
+            )
+        empty = sum(_is_empty(entry["segmentation"]) for entry in entries)
+        if empty and empty == len(entries):
             raise DataError(
                 f"{self.path}: the segmentation of every annotation is empty: the file has boxes "
                 "alone; leave out `masks: true`, or take a file with masks"
@@ -111,36 +152,55 @@ class CocoFile:
             log.warning("%s: %d annotations have boxes but no mask", self.path, empty)
 
     def _owner(self, entry: dict[str, Any]) -> int:
-        place = self._index.get(entry.get("image_id"))
+        key = entry.get("image_id")
+        place = self._index.get(key) if isinstance(key, int | float | str) else None
         if place is None:
             raise DataError(
-                f"{self._named(entry)} belongs to image {entry.get('image_id')!r}, which `images` "
-                "does not list; add the image or remove the annotation"
+                f"{self._named(entry)} belongs to image {key!r}, which `images` does not list; "
+                + (_alike(key, self._index) or "add the image or remove the annotation")
             )
         return place
 
     def _label(self, entry: dict[str, Any]) -> int:
-        label = self._label_of.get(entry.get("category_id", -1))
+        key = entry.get("category_id")
+        label = self._label_of.get(key) if isinstance(key, int | float | str) else None
         if label is None:
             known = ", ".join(map(str, self.category_ids[:10]))
             more = ", ..." if len(self.category_ids) > 10 else ""
             raise DataError(
-                f"{self._named(entry)} has category_id {entry.get('category_id')!r}, but "
-                f"`categories` lists {known}{more}; add the category or correct the annotation"
+                f"{self._named(entry)} has category_id {key!r}, but `categories` lists "
+                f"{known}{more}; "
+                + (_alike(key, self._label_of) or "add the category or correct the annotation")
             )
         return label
 
     def _box(self, entry: dict[str, Any]) -> list[float]:
-        try:
-            box = [float(value) for value in entry["bbox"]]
-        except (KeyError, TypeError, ValueError):
-            box = []
-        if len(box) != 4 or not np.isfinite(box).all():
+        box: Any = entry.get("bbox")
+        numbers = isinstance(box, list) and all(isinstance(side, int | float) for side in box)
+        if not numbers or len(box) != 4 or not all(map(math.isfinite, box)):
             raise DataError(
-                f"{self._named(entry)} has the bbox {entry.get('bbox')!r}; "
+                f"{self._named(entry)} has the bbox {box!r}; "
                 "it must be [x, y, width, height], four finite numbers of pixels"
             )
         return box
+
+    def _area(self, entry: dict[str, Any]) -> float:
+        """As the entry tells it; NaN where it does not."""
+        area = entry.get("area")
+        if area is None:
+            return math.nan
+        if not isinstance(area, int | float) or not math.isfinite(area):
+            raise DataError(
+                f"{self._named(entry)} has the area {area!r}; it must be a finite number of "
+                "pixels, or be left out"
+            )
+        return area
+
+    def _is_crowd(self, entry: dict[str, Any]) -> bool:
+        try:
+            return is_crowd(entry)
+        except ValueError as error:
+            raise DataError(f"{self._named(entry)} has the {error}") from None
 
     def _named(self, entry: dict[str, Any]) -> str:
         return f"{self.path}: annotation {entry.get('id', '(without id)')}"
@@ -148,6 +208,11 @@ class CocoFile:
     def _cut(self, boxes: np.ndarray, owners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """xywh to xyxy inside the image, and which of them cover anything there."""
         far = self._sizes[owners][:, ::-1]
+        if len(boxes) and far.max() > 1 and 0 < np.abs(boxes).max() <= 1:
+            raise DataError(
+                f"{self.path}: no bbox leaves the first pixel, so they are fractions of the "
+                "images; multiply them by `width` and `height`"
+            )
         raw = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
         flat = (boxes[:, 2:] <= 0).any(axis=1)
         outside = ~flat & ((raw[:, 2:] <= 0) | (raw[:, :2] >= far)).any(axis=1)
@@ -159,6 +224,11 @@ class CocoFile:
         self._warn(flat | (narrow & ~outside), "without area left out")
         self._warn(outside, "wholly outside their images left out")
         self._warn(over, "cut at the edges of their images")
+        if len(boxes) and not keep.any():
+            raise DataError(
+                f"{self.path}: no bbox is left; they must be [x, y, width, height] in pixels of "
+                "the images"
+            )
         return cut, keep
 
     def _warn(self, found: np.ndarray, what: str) -> None:
@@ -212,8 +282,31 @@ def check_names(listed_in: Path, folder: Path, names: list[str]) -> None:
     if missing:
         raise DataError(
             f"{folder / missing[0]}: no such image, though {listed_in} lists it "
-            f"({len(missing)} of {len(names)} images are missing); add them or correct `file_name`"
+            f"({len(missing)} of {len(names)} images are missing); {_remedy(folder, missing[0])}"
         )
+
+
+def _remedy(folder: Path, name: str) -> str:
+    """What to do about a missing image, whose name may be of Windows, a URL or another folder."""
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    listed = PurePosixPath(*(part for part in parts if part != ".."))
+    for place in dict.fromkeys((folder / listed.parent, folder)):
+        for found in sorted(place.iterdir()) if place.is_dir() else ():
+            if _plain(found.name) == _plain(listed.name):
+                there = found.relative_to(folder).as_posix()
+                # accents look alike, whatever code points they are made of
+                alike = normalize("NFC", there) == normalize("NFC", name)
+                there, name = (ascii(it) if alike else repr(it) for it in (there, name))
+                return (
+                    f"there is {there}, not {name}: correct `file_name`, or name by the option "
+                    "`images` the folder that it counts from"
+                )
+    return "add them or correct `file_name`"
+
+
+def _plain(name: str) -> str:
+    """For comparing names: accents, escapes of URLs and case may be written otherwise."""
+    return normalize("NFC", unquote(name)).casefold()
 
 
 def _entries(path: Path, content: dict[str, Any], key: str) -> list[dict[str, Any]]:
@@ -230,6 +323,24 @@ def _size(entry: dict[str, Any], folder: Path) -> Size:
     return image_size(inside(folder, entry["file_name"]))
 
 
-def _area(entry: dict[str, Any]) -> float:
-    area = entry.get("area")
-    return float(area) if area is not None else entry["bbox"][2] * entry["bbox"][3]
+def _is_empty(segmentation: Any) -> bool:
+    """Whether all polygons have fewer than three points; one that is none is found when drawn."""
+    return isinstance(segmentation, list) and all(
+        isinstance(ring, list) and len(ring) < 6 and not any(isinstance(it, list) for it in ring)
+        for ring in segmentation
+    )
+
+
+def _alike(key: Any, known: Iterable[Any]) -> str:
+    """The remedy where a key is known as a number and given as a text, or the reverse."""
+    if isinstance(key, int | str) and str(key) in map(str, known):
+        return "one is a text and the other a number: write both as numbers"
+    return ""
+
+
+def is_crowd(entry: dict[str, Any]) -> bool:
+    """The flag of an annotation; raises ValueError for what may mean either, as the text "0"."""
+    flag = entry.get("iscrowd")
+    if flag not in (None, 0, 1):
+        raise ValueError(f"iscrowd {flag!r}; it must be 0 or 1, or be left out")
+    return bool(flag)

@@ -58,7 +58,7 @@ class CocoPanopticDataset(MapDataset):
 
     def image_id(self, index: int) -> int | str:
         """As in the file."""
-        return self._file.image_ids[index].item()
+        return self._file.image_ids.item(index)
 
     def target(self, index: int) -> Target:
         file = self._file

@@ -26,7 +26,7 @@ def collate(
         training: one batch on a common canvas, the truth padded with it; else one batch for each
             size of canvas, the truth left in original pixels.
     """
-    sizes = [canvas or (s.image.shape[1], s.image.shape[2]) for s in samples]
+    sizes = [canvas or sample.size for sample in samples]
     if training:
         common = (max(size[0] for size in sizes), max(size[1] for size in sizes))
         padded = _round_up(common, divisor)

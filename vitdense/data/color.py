@@ -1,4 +1,4 @@
-"""Changes of colour that keep the truth as it is."""
+"""Changes of color that keep the truth as it is."""
 
 from __future__ import annotations
 

@@ -106,8 +106,9 @@ def to_bytes(path: Path, pixels: NDArray[Any], limits: Limits | None) -> NDArray
         limits = np.iinfo(pixels.dtype).min, np.iinfo(pixels.dtype).max
     if limits is None:
         raise DataError(
-            f"{path}: holds {pixels.dtype} values from {pixels.min():g} to {pixels.max():g}; say "
-            "by the option `range` of the data set which of them become 0 and 255"
+            f"{path}: holds {pixels.dtype} values from {np.nanmin(pixels):g} to "
+            f"{np.nanmax(pixels):g}; say by the option `range` of the data set which of them "
+            "become 0 and 255"
         )
     low, high = limits
     scaled = pixels.astype(np.float32)  # then in place: such images are large
@@ -165,4 +166,7 @@ def _decoding(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; add it, or take it out of the list") from None
     except (OSError, ValueError, EOFError, IndexError, KeyError) as error:
-        raise DataError(f"{path}: cannot be decoded ({error}); replace the file") from None
+        remedy = "replace the file"
+        if "imagecodecs" in str(error):  # what tifffile needs for some compressions
+            remedy = "pip install 'vitdense[images]', or save it without compression"
+        raise DataError(f"{path}: cannot be decoded ({error}); {remedy}") from None

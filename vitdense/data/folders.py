@@ -28,9 +28,10 @@ from vitdense.data.label_maps import (
     label_table,
     labels_in,
     look_up,
+    warn_of_no_class,
 )
 from vitdense.data.layouts import Layout, find_layout
-from vitdense.data.segments import MapDataset, check_maps
+from vitdense.data.segments import MapDataset, check_maps, folders_below
 from vitdense.data.voc_file import read_list
 from vitdense.registry import DATASETS
 from vitdense.structures import IGNORE, Target
@@ -57,7 +58,7 @@ class FoldersDataset(MapDataset):
         *,
         classes: str | None = None,  # file of class names under root: .json, .csv or .txt
         colors: dict[str, str] | None = None,  # color of each class, as {road: "#6ec1e4"}
-        ignore: list[NonNegativeInt | str] | None = None,  # labels or colors of no class
+        ignore: list[NonNegativeInt | str] | None = None,  # labels or colors that count nowhere
         binary: bool = False,  # masks: above 0, in .jpg and .webp above 127, is the second class
         image_suffix: str = "",  # end of the images' names that label images do not share
         label_suffix: str = ".png",  # what they have in its place, as "_mask.png"
@@ -66,8 +67,9 @@ class FoldersDataset(MapDataset):
         range: tuple[float, float] | None = None,  # values of deep images that become 0 and 255
     ) -> None:
         super().__init__(root, split)
-        if binary and colors:
-            raise ValueError("binary: masks have no colors; leave out one of the two options")
+        if binary and (colors or ignore):
+            option = "colors" if colors else "labels to `ignore`"
+            raise ValueError(f"binary: masks have no {option}; leave out one of the two options")
         self.range, self.binary = check_range(range), binary
         self.image_suffix, self.label_suffix = image_suffix, label_suffix
         listed = (self.root / f"{split}.txt").is_file()
@@ -81,11 +83,12 @@ class FoldersDataset(MapDataset):
         self._read_ignored(ignore or [])
         labels = [place if it.label is None else it.label for place, it in enumerate(entries)]
         self.category_ids = labels
-        self._table = label_table({label: k for k, label in enumerate(labels)}, self._ignored)
+        told = {label: k for k, label in enumerate(labels) if label not in (ignore or [])}
+        self._table = label_table(told, self._ignored)
         known = {entry.color: k for k, entry in enumerate(entries) if entry.color is not None}
         self._colors = known | dict.fromkeys(self._ignored_colors, IGNORE)
         self._by_color = bool(known) and all(entry.label is None for entry in entries)
-        self._refuse_hidden_masks()
+        self._check_labels()
 
     def target(self, index: int) -> Target:
         path = inside(self.annotations, self._label_name(str(self.names[index])))
@@ -115,7 +118,8 @@ class FoldersDataset(MapDataset):
         if listed is None:
             if not there:
                 end = f" that end in '{self.image_suffix}'" if self.image_suffix else ""
-                raise DataError(f"{self.images}: no images{end} in this folder")
+                deeper = folders_below(self.images)
+                raise DataError(f"{self.images}: no images{end} in this folder{deeper}")
             return there
         stems = {key: name for name in there for key in (self._stem(name), name)}
         missing = [name for name in listed if name not in stems]
@@ -132,13 +136,14 @@ class FoldersDataset(MapDataset):
         try:
             check_maps(self.annotations, set(there), maps)
         except DataError as error:
-            name = next(name for name, map_ in maps.items() if map_ not in there)
-            stem = self._stem(name)
-            near = [it for it in there if it.startswith(stem) and it != name]
-            if not near:
+            missing = [name for name, map_ in maps.items() if map_ not in there]
+            others = [it for it in there if self.annotations != self.images or it not in maps]
+            stem = self._stem(missing[0]) if missing else ""
+            ends = [it.removeprefix(stem) for it in others if missing and it.startswith(stem)]
+            ends = [end for end in ends if end and not end[0].isalnum()]  # 10.png is not of 1.jpg
+            if not ends:
                 raise
-            suffix = near[0].removeprefix(stem)
-            raise DataError(f"{error}; for {near[0]} set label_suffix: {suffix}") from None
+            raise DataError(f"{error}; for {stem}{ends[0]} set label_suffix: {ends[0]}") from None
 
     def _entries(self, name: str | None, colors: dict[str, str] | None) -> list[Entry]:
         if colors:
@@ -161,7 +166,8 @@ class FoldersDataset(MapDataset):
         self._ignored = [IGNORE, *numbers]
         self._ignored_colors = [_color("ignore", it) for it in ignore if isinstance(it, str)]
 
-    def _refuse_hidden_masks(self) -> None:
+    def _check_labels(self) -> None:
+        """Look for the usual misunderstandings in the first maps."""
         if self.binary or self._by_color:
             return
         files = [self.annotations / self._label_name(str(it)) for it in self.names[:LOOKED_AT]]
@@ -170,6 +176,7 @@ class FoldersDataset(MapDataset):
                 f"{self.annotations}: the first {len(files)} label images hold 0 and 255 alone: "
                 "set binary: true for masks, or give a class the id 255"
             )
+        warn_of_no_class(self.annotations, files, self.category_ids)
 
 
 def _color(option: str, value: str) -> tuple[int, int, int]:

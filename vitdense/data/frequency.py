@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -13,11 +13,14 @@ from vitdense.data.base import DataError, Dataset
 from vitdense.structures import IGNORE, Target
 
 
-def pixels_per_image(dataset: Dataset, skip: bool = False) -> Tensor:
+def pixels_per_image(
+    dataset: Dataset, skip: bool = False, images: Sequence[int] | None = None
+) -> Tensor:
     """int64 [images, C]: pixels of each class; ignored ones count nowhere. Reads no images.
 
     Args:
         skip: what cannot be read has no pixels, instead of raising.
+        images: indices of those to count in; by default all.
 
     Raises:
         ValueError: the data set has no label maps.
@@ -27,33 +30,40 @@ def pixels_per_image(dataset: Dataset, skip: bool = False) -> Tensor:
     def pixels(index: int) -> Tensor:
         return _pixels(dataset.target(index), len(dataset.classes))
 
-    return _collect(dataset, pixels, "counting pixels", skip)
+    return _collect(dataset, pixels, "counting pixels", skip, images, torch.int64)
 
 
-def class_frequencies(dataset: Dataset, skip: bool = False) -> tuple[Tensor, Tensor]:
+def class_frequencies(
+    dataset: Dataset, skip: bool = False, images: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
     """Pixels of each class, and labelled pixels of the images that show it, int64 [C] each."""
-    pixels = pixels_per_image(dataset, skip)
+    pixels = pixels_per_image(dataset, skip, images)
     return pixels.sum(0), (pixels.sum(1, keepdim=True) * (pixels > 0)).sum(0)
 
 
-def repeat_factors(dataset: Dataset, rare: float, skip: bool = False) -> Tensor:
+def repeat_factors(shown: Tensor, rare: float) -> Tensor:
     """How often each image should be seen, float64 [images], at least 1.
 
     An image of a class that only the part f of all images shows counts sqrt(rare / f) times: repeat
     factor sampling, Gupta et al., "LVIS", arXiv 1908.03195, appendix B.2.
 
     Args:
+        shown: bool [images, C], as `images_with_class` gives it.
         rare: 0..1, classes that a smaller part of the images shows are rare.
-        skip: what cannot be read shows nothing, instead of raising.
     """
-    shown = images_with_class(dataset, skip)
     part = shown.double().mean(0)
     factors = (rare / part.clamp(min=1e-12)).sqrt().clamp(min=1)
     return torch.where(shown, factors, 1.0).amax(1)
 
 
-def images_with_class(dataset: Dataset, skip: bool = False) -> Tensor:
+def images_with_class(
+    dataset: Dataset, skip: bool = False, images: Sequence[int] | None = None
+) -> Tensor:
     """bool [images, C]: whether an image shows a class, by `Dataset.labels`.
+
+    Args:
+        skip: what cannot be read shows nothing, instead of raising.
+        images: indices of those to look at; by default all.
 
     Raises:
         DataError: a file is missing or wrong.
@@ -64,11 +74,20 @@ def images_with_class(dataset: Dataset, skip: bool = False) -> Tensor:
         row[dataset.labels(index)] = True
         return row
 
-    return _collect(dataset, present, "looking for classes", skip)
+    return _collect(dataset, present, "looking for classes", skip, images, torch.bool)
 
 
-def _collect(dataset: Dataset, read: Callable[[int], Tensor], what: str, skip: bool) -> Tensor:
+def _collect(
+    dataset: Dataset,
+    read: Callable[[int], Tensor],
+    what: str,
+    skip: bool,
+    images: Sequence[int] | None,
+    dtype: torch.dtype,
+) -> Tensor:
     from tqdm import tqdm
+
+    images = range(len(dataset)) if images is None else images
 
     def count(index: int) -> Tensor | None:
         try:
@@ -80,12 +99,13 @@ def _collect(dataset: Dataset, read: Callable[[int], Tensor], what: str, skip: b
 
     workers = min(8, os.cpu_count() or 1)  # decoding lets other threads run
     with ThreadPoolExecutor(workers) as pool:
-        found = pool.map(count, range(len(dataset)))
-        rows = list(tqdm(found, what, len(dataset), leave=False, disable=None))
-    read_ones = [row for row in rows if row is not None]
-    if not read_ones:
-        return read(0)[None]  # raises what is wrong
-    return torch.stack([torch.zeros_like(read_ones[0]) if row is None else row for row in rows])
+        found = pool.map(count, images)
+        silent = None if 0 in images else True  # one bar is enough for several processes
+        rows = list(tqdm(found, what, len(images), leave=False, disable=silent))
+    if len(images) == len(dataset) and all(row is None for row in rows):
+        read(images[0])  # raises what is wrong
+    none = torch.zeros(len(dataset.classes), dtype=dtype)
+    return torch.stack([none, *(none if row is None else row for row in rows)])[1:]
 
 
 def _pixels(target: Target, classes: int) -> Tensor:

@@ -34,6 +34,7 @@ SUFFIXES = frozenset(
 """File names that count as images where a folder is listed."""
 
 _ORIENTATION = 0x0112  # the EXIF tag
+_EXTRA_SAMPLES = 338  # the TIFF tag
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _LABELS = frozenset({"1", "L", "P", "I", "I;16", "I;16B"})
 
@@ -79,8 +80,9 @@ def read_labels(path: Path) -> np.ndarray:
         return labels.astype(np.uint8) if labels.dtype == bool else labels
     with _opened(path) as image:
         if image.mode not in _LABELS:
+            kind = "fractions" if image.mode == "F" else "colors"
             raise DataError(
-                f"{path}: holds colors ({image.mode}), not labels; "
+                f"{path}: holds {kind} ({image.mode}), not labels; "
                 "save one class number per pixel (8 or 16 bit, one channel)"
             )
         labels = np.array(image)
@@ -92,7 +94,7 @@ def is_colored(path: Path) -> bool:
     if path.suffix.lower() == ".npy":
         return False
     with _opened(path) as image:
-        return image.mode not in _LABELS
+        return image.mode not in {*_LABELS, "F"}
 
 
 def image_size(path: Path) -> Size:
@@ -101,6 +103,14 @@ def image_size(path: Path) -> Size:
         return array_size(path)
     with _opened(path) as image:
         return image.height, image.width
+
+
+def is_turned(path: Path) -> bool:
+    """Whether a camera noted that the photo is to be seen otherwise than it is stored."""
+    if path.suffix.lower() == ".npy":
+        return False
+    with _opened(path) as image:  # Pillow decodes a whole PNG for its notes
+        return image.format in {"JPEG", "MPO"} and image.getexif().get(_ORIENTATION, 1) != 1
 
 
 def inside(folder: Path, name: str, listed_in: Path | None = None) -> Path:
@@ -169,10 +179,10 @@ def _is_array(path: Path, channels: int) -> bool:
     suffix = path.suffix.lower()
     if suffix == ".npy":
         return True
-    return suffix in TIFF and (channels not in _MODES or not _is_plain(path))
+    return suffix in TIFF and (channels not in _MODES or not _is_plain(path, channels))
 
 
-def _is_plain(path: Path) -> bool:
+def _is_plain(path: Path, channels: int = 3) -> bool:
     """False for a TIFF file with pages, bands or depths that Pillow leaves out."""
     from PIL import Image, UnidentifiedImageError
 
@@ -180,7 +190,8 @@ def _is_plain(path: Path) -> bool:
         return True
     try:
         with Image.open(path) as image:
-            return getattr(image, "n_frames", 1) == 1 and not _is_deep_color(image)
+            whole = not (_is_deep_color(image) or (channels == 4 and _hides_band(image)))
+            return whole and getattr(image, "n_frames", 1) == 1
     except UnidentifiedImageError:
         return False
     except OSError:
@@ -190,6 +201,12 @@ def _is_plain(path: Path) -> bool:
 def _is_deep_color(image: Image) -> bool:
     """Whether Pillow would cut the channels of a color image to 8 bits."""
     return len(image.getbands()) > 1 and ";16" in str(getattr(image, "tile", ""))
+
+
+def _hides_band(image: Image) -> bool:
+    """Whether Pillow would drop the fourth band of a TIFF file (0), or divide the others by it."""
+    extra = getattr(image, "tag_v2", {}).get(_EXTRA_SAMPLES)
+    return image.mode in {"RGB", "RGBA"} and extra in ((0,), (1,))
 
 
 def _decode(path: Path, channels: int, size: Size | None) -> np.ndarray:
@@ -234,8 +251,9 @@ def _convert(image: Image, channels: int) -> Image | np.ndarray:
 
 
 def list_images(folder: Path) -> list[str]:
-    """Names of the image files in a folder, sorted; empty if there is no such folder."""
+    """Names of the image files in a folder, sorted, without hidden ones; empty if there is none."""
     if not folder.is_dir():
         return []
     with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if Path(e.name).suffix.lower() in SUFFIXES)
+        names = [entry.name for entry in entries if not entry.name.startswith(".")]
+    return sorted(name for name in names if Path(name).suffix.lower() in SUFFIXES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,8 @@ from vitdense.data.base import DataError
 from vitdense.data.images import is_colored, read_image, read_labels
 from vitdense.data.segments import number
 from vitdense.structures import IGNORE
+
+log = logging.getLogger(__name__)
 
 UNKNOWN = -1
 """In a table of classes: a label that there is not."""
@@ -57,6 +60,8 @@ def look_up(path: Path, labels: np.ndarray, table: np.ndarray, remedy: str) -> T
     found = table[places]
     if (found < 0).any():
         label = labels[found < 0].max()
+        if label < 0:
+            remedy = "but labels begin with 0; save pixels that are to be ignored as 255"
         raise DataError(f"{path}: has the label {label}, {remedy}")
     return torch.from_numpy(found.astype(np.uint8))
 
@@ -82,6 +87,20 @@ def hides_masks(files: list[Path], labels: list[int]) -> bool:
     if len(labels) > 2 or IGNORE in labels:
         return False
     return first_labels(files, lambda found: bool(found - {0, IGNORE})) == {0, IGNORE}
+
+
+def warn_of_no_class(folder: Path, files: list[Path], labels: list[int]) -> None:
+    """Warn if nothing could be learnt from the first maps, as all in them is ignored.
+
+    Args:
+        labels: of the classes.
+    """
+    found = first_labels(files, lambda found: not found.isdisjoint(labels))
+    if found and found <= {0, IGNORE} and found.isdisjoint(labels):
+        log.warning(
+            "%s: the first %d label maps hold %s alone, which is no class: nothing is learnt there",
+            folder, len(files[:LOOKED_AT]), " and ".join(map(str, sorted(found))),
+        )  # fmt: skip
 
 
 def first_labels(files: list[Path], enough: Callable[[set[int]], bool]) -> set[int]:

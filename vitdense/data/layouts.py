@@ -57,21 +57,28 @@ def _message(root: Path, split: str, tried: list[Layout]) -> str:
     wanted = " or ".join(
         f"{_fill(it.annotations, split)} with {_fill(it.images, split)}/" for it in tried
     )
-    splits = sorted({name for layout in tried for name in _splits(root, layout)} - {split})
+    annotated = [(it, name) for it in tried for name in sorted(_annotated(root, it))]
+    splits = {name for it, name in annotated if (root / _fill(it.images, name)).is_dir()} - {split}
     if splits:
-        hint = f"there are the splits {', '.join(splits)}"
+        listed = ", ".join(sorted(splits))
+        hint = f"there are the splits {listed}: name them by data.train and data.val"
+    elif annotated:
+        layout, name = next((it for it in annotated if it[1] == split), annotated[0])
+        hint = (
+            f"{_fill(layout.annotations, name)} is there: name its split by data.train or "
+            "data.val, and the folder of its images by data.dataset.images"
+        )
     else:
-        hint = "name other places by the options `annotations` and `images`"
+        hint = "name other places by data.dataset.annotations and data.dataset.images"
     return f"{root}: no split '{split}': looked for {wanted}; {hint}"
 
 
-def _splits(root: Path, layout: Layout) -> set[str]:
-    """Names of splits that this layout would find."""
+def _annotated(root: Path, layout: Layout) -> set[str]:
+    """Names of splits whose annotations this layout would find."""
     template = layout.annotations
     if template.count("{split}") != 1:
         return set()
     before, after = (re.escape(part) for part in template.split("{split}"))
     pattern = re.compile(f"{before}([^/]+){after}")
     found = (path.relative_to(root).as_posix() for path in root.glob(_fill(template, "*")))
-    names = {match[1] for path in found if (match := pattern.fullmatch(path))}
-    return {name for name in names if (root / _fill(layout.images, name)).is_dir()}
+    return {match[1] for path in found if (match := pattern.fullmatch(path))}

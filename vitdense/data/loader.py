@@ -72,6 +72,7 @@ def training_loader(
     repeats: NDArray[np.float64] | None = None,
     rank: int = 0,
     world_size: int = 1,
+    pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """Batches without end, from step `start_step` on.
 
@@ -88,6 +89,7 @@ def training_loader(
         closing: whether a step is in the policy's last span; by default none is.
         repeats: [images], how often each image is seen in relation to the others; a pass still
             has as many images as the data set. By default all are seen once.
+        pin_memory: batches lie in page-locked memory, for a GPU that copies them beside its work.
 
     Raises:
         DataError: a file is missing or wrong, from whatever process found it; with `skip`, so
@@ -99,7 +101,7 @@ def training_loader(
     steps = _Steps(len(dataset), batch_size, order, start_step, closing, rank, world_size)
     read = _TrainingReader(dataset, policy, seed, divisor, faulty == "skip")
     join = partial(_join, divisor=divisor, canvas=None, training=True)
-    return _batches(_loader(read, steps, join, count(workers)), report)
+    return _batches(_loader(read, steps, join, count(workers), pin_memory), report)
 
 
 def evaluation_loader(
@@ -113,6 +115,7 @@ def evaluation_loader(
     report: Report = warn,
     rank: int = 0,
     world_size: int = 1,
+    pin_memory: bool = False,
 ) -> EvaluationLoader:
     """Every image once, shared out among processes; can be iterated again and again.
 
@@ -121,6 +124,7 @@ def evaluation_loader(
 
     Args:
         faulty: `skip` leaves out images that cannot be read.
+        pin_memory: as for training.
 
     Raises:
         DataError: a file is missing or wrong, from whatever process found it; with `skip`, all
@@ -132,7 +136,8 @@ def evaluation_loader(
     read = _EvaluationReader(dataset, policy, faulty == "skip")
     join = partial(_join, divisor=divisor, canvas=policy.canvas, training=False)
     processes = min(count(workers), len(steps))
-    return EvaluationLoader(_loader(read, steps, join, processes, keep=True), len(mine), report)
+    loader = _loader(read, steps, join, processes, pin_memory, keep=True)
+    return EvaluationLoader(loader, len(mine), report, shared=world_size > 1)
 
 
 @dataclass
@@ -140,12 +145,14 @@ class EvaluationLoader:
     """Batches over a data set, or a process's share of it.
 
     Attributes:
-        images: how many there are in all batches together, but for those that are left out.
+        images: how many there are to read, those that cannot be read among them.
+        shared: other processes read the rest of the data set.
     """
 
     loader: DataLoader
     images: int
     report: Report = warn
+    shared: bool = False
 
     def __iter__(self) -> Iterator[Batch]:
         missing: list[Unreadable] = []
@@ -155,7 +162,9 @@ class EvaluationLoader:
             self.report(image)
 
         yield from _batches(self.loader, note)
-        if missing and len(missing) == self.images:
+        # the few images of a small share may all be broken while others are not
+        telling = not self.shared or self.images >= ATTEMPTS
+        if missing and len(missing) == self.images and telling:
             raise DataError(f"{missing[0].reason}; none of the {self.images} images can be read")
 
 
@@ -310,9 +319,9 @@ class _EvaluationReader:
 
 @contextmanager
 def _seeded(sequence: np.random.SeedSequence) -> Iterator[None]:
-    """Random numbers from here, and afterwards as if there had been none.
+    """Seed torch, Python and numpy inside; afterwards their states are as before.
 
-    Those of Python and numpy too, which parts of a user's own may draw.
+    Only torch is used here; a user's own parts may draw from the others.
     """
     number = int(sequence.generate_state(1, np.uint64)[0])
     python, numpy = random.getstate(), np.random.get_state()
@@ -329,7 +338,7 @@ def _seeded(sequence: np.random.SeedSequence) -> Iterator[None]:
 
 
 def _or_fault(images: _Images, read: Callable[[], list[Sample]]) -> _Found | DataError:
-    """Faults as values: an exception raised in a worker would come with its trace."""
+    """Return a DataError as a value: raised in a worker, it would come with a traceback."""
     try:
         return read(), images.unreadable
     except DataError as error:
@@ -363,7 +372,9 @@ def _batches(loader: DataLoader, report: Report) -> Iterator[Batch]:
             yield batch if isinstance(batch, Batch) else batch.unpack()
 
 
-def _loader(read: Any, steps: Any, join: Any, workers: int, keep: bool = False) -> DataLoader:
+def _loader(
+    read: Any, steps: Any, join: Any, workers: int, pin_memory: bool, keep: bool = False
+) -> DataLoader:
     return DataLoader(
         read,
         batch_sampler=steps,
@@ -371,6 +382,6 @@ def _loader(read: Any, steps: Any, join: Any, workers: int, keep: bool = False) 
         num_workers=workers,
         worker_init_fn=heed_main_process,
         persistent_workers=keep and workers > 0,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin_memory,
         generator=torch.Generator(),  # else making an iterator draws from the global state
     )

@@ -110,9 +110,17 @@ def paired_names(images: Path, maps: Path) -> NDArray[Any]:
     """
     names = list_images(images)
     if not names:
-        raise DataError(f"{images}: no images in this folder")
+        raise DataError(f"{images}: no images in this folder{folders_below(images)}")
     check_maps(maps, set(list_images(maps)), {name: f"{Path(name).stem}.png" for name in names})
     return np.array(names)
+
+
+def folders_below(folder: Path) -> str:
+    """The end of a message that there are no images: perhaps they lie deeper."""
+    below = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if not below:
+        return ""
+    return f"; it has the folder '{below[0]}', but images must lie side by side: move them up"
 
 
 def check_maps(folder: Path, there: set[str], maps: dict[str, str]) -> None:

@@ -44,7 +44,7 @@ class ShortSidePolicy(Policy):
         self.iou_crop, self.flip, self.photometric = iou_crop, flip, photometric
 
     def train(self, sample: Sample) -> Sample:
-        boxes, image = sample.target.boxes, _image_size(sample)
+        boxes, image = sample.target.boxes, sample.size
         window: Window = ((0, 0), image)
         if boxes is not None and torch.rand(()) < self.iou_crop:
             window = window_around_objects(boxes, image)
@@ -59,12 +59,8 @@ class ShortSidePolicy(Policy):
         return side, side
 
     def evaluate(self, sample: Sample) -> Sample:
-        return replace(sample, image=resize(sample.image, self._fit(_image_size(sample))))
+        return replace(sample, image=resize(sample.image, self._fit(sample.size)))
 
     def _fit(self, image: Size, factor: float = 1.0) -> Size:
         scale = factor * min(self.size / min(image), self.longest / max(image))
         return max(1, round(image[0] * scale)), max(1, round(image[1] * scale))
-
-
-def _image_size(sample: Sample) -> Size:
-    return sample.image.shape[1], sample.image.shape[2]

@@ -66,7 +66,7 @@ class DetectionPolicy(Policy):
         return self._move(sample)(sample, partial(distort, chance=self.photometric))
 
     def evaluate(self, sample: Sample) -> Sample:
-        return replace(sample, image=resize(sample.image, self._fit(_image_size(sample))))
+        return replace(sample, image=resize(sample.image, self._fit(sample.size)))
 
     def compose(self, sample: Sample, draw: Callable[[], Sample]) -> Sample:
         if self.mosaic and _chance(self.mosaic):
@@ -127,7 +127,7 @@ class DetectionPolicy(Policy):
 
     def _tile(self, sample: Sample, place: Quadrant) -> Movement:
         assert self.canvas is not None
-        image = _image_size(sample)
+        image = sample.size
         content = _scaled(self._fit(image), _uniform(*self.mosaic_scale))
         window, content = window_to_canvas(((0, 0), image), content, place[1])
         at, mirror = anchor(place, content), _chance(self.flip)
@@ -135,7 +135,7 @@ class DetectionPolicy(Policy):
 
     def _move(self, sample: Sample) -> Movement:
         assert self.canvas is not None
-        image, boxes = _image_size(sample), sample.target.boxes
+        image, boxes = sample.size, sample.target.boxes
         window: Window = ((0, 0), image)
         if boxes is not None and _chance(self.iou_crop):
             window = window_around_objects(boxes, image)
@@ -181,14 +181,14 @@ class SegmentationPolicy(Policy):
     def evaluate(self, sample: Sample) -> Sample:
         if self.evaluation == "keep":
             return sample
-        size = self.crop if self.evaluation == "stretch" else self._fit(_image_size(sample))
+        size = self.crop if self.evaluation == "stretch" else self._fit(sample.size)
         return replace(sample, image=resize(sample.image, size))
 
     def _fit(self, image: Size) -> Size:
         return _scaled(image, self.size / min(image))
 
     def _move(self, sample: Sample) -> Movement:
-        image = _image_size(sample)
+        image = sample.size
         scaled = _scaled(self._fit(image), _uniform(*self.scale))
         semantic = sample.target.semantic if self.cat_max_ratio < 1 else None
         for _ in range(10):
@@ -200,21 +200,17 @@ class SegmentationPolicy(Policy):
 
 @TRANSFORMS.register("none")
 class NoPolicy(Policy):
-    """Samples as they are; in training without crowds. For images of one size, or batches of 1."""
+    """Samples as they are; in training without crowds, and padded to the largest of a batch."""
 
     def __init__(self) -> None:
         self.canvas = None
 
     def train(self, sample: Sample) -> Sample:
-        size = _image_size(sample)
+        size = sample.size
         return Movement((0, 0), size, size, size)(sample)
 
     def evaluate(self, sample: Sample) -> Sample:
         return sample
-
-
-def _image_size(sample: Sample) -> Size:
-    return sample.image.shape[1], sample.image.shape[2]
 
 
 def _size(side: int | tuple[int, int]) -> Size:

@@ -13,7 +13,7 @@ from vitdense.data.classes import find_classes, read_entries
 from vitdense.data.images import image_size, inside, list_images, read_labels
 from vitdense.data.label_maps import label_table, look_up
 from vitdense.data.segments import MapDataset, check_maps, number, objects
-from vitdense.data.voc_file import read_objects, read_split
+from vitdense.data.voc_file import read_objects, read_size, read_split
 from vitdense.registry import DATASETS
 from vitdense.structures import IGNORE, Sample, Size, Target
 
@@ -62,14 +62,16 @@ class VocDataset(MapDataset):
         if self.task != "detection":
             return super().__getitem__(index)
         path = inside(self.images, str(self.names[index]))
-        image = self.read_image(path)
+        image = self.read_image(path, read_size(self._annotation(index)))
         size = image.shape[1], image.shape[2]
         return Sample(image, self._boxes(index, size), self.image_id(index), size, path)
 
     def target(self, index: int) -> Target:
         stem = self.image_id(index)
         if self.task == "detection":
-            return self._boxes(index, image_size(inside(self.images, str(self.names[index]))))
+            size = read_size(self._annotation(index))
+            size = size or image_size(inside(self.images, str(self.names[index])))
+            return self._boxes(index, size)
         path = inside(self.root / "SegmentationClass", f"{stem}.png")
         remedy = f"but classes are labels up to {self.category_ids[-1]}; name all in classes.txt"
         semantic = look_up(path, read_labels(path), self._table, remedy)
@@ -88,8 +90,11 @@ class VocDataset(MapDataset):
         known = known[known > 0]
         return objects(number(raw, known), labels, np.zeros(len(known), dtype=bool))
 
+    def _annotation(self, index: int) -> Path:
+        return inside(self.root / "Annotations", f"{self.image_id(index)}.xml")
+
     def _boxes(self, index: int, size: Size) -> Target:
-        path = inside(self.root / "Annotations", f"{self.image_id(index)}.xml")
+        path = self._annotation(index)
         found = read_objects(path, size)
         strange = [it.name for it in found if it.name not in self.classes]
         if strange:

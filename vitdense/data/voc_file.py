@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vitdense.data.base import DataError
 from vitdense.data.images import inside
 from vitdense.structures import Size
+
+if TYPE_CHECKING:
+    from xml.etree.ElementTree import Element
 
 
 class VocObject(NamedTuple):
@@ -30,13 +33,15 @@ def read_list(root: Path, folder: str, split: str, first_word: bool = False) -> 
     """The lines of `folder`/`split`.txt, names of images, or the first word of each.
 
     Raises:
-        DataError: there is no such file, it is empty, or lists an image twice.
+        DataError: there is no such file, it is no UTF-8, empty, or lists an image twice.
     """
     path = inside(root / folder, f"{split}.txt")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError:
         raise DataError(f"{path}: no such list of images; {list_splits(root, folder)}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
     names = [line.strip() for line in lines if line.strip()]
     stems = [name.split()[0] for name in names] if first_word else names
     if not stems:
@@ -73,16 +78,8 @@ def read_objects(path: Path, size: Size) -> list[VocObject]:
     Raises:
         DataError: the file is missing, no XML, or an object has no name or box.
     """
-    from xml.etree import ElementTree
-
-    try:
-        root = ElementTree.parse(path).getroot()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except ElementTree.ParseError as error:
-        raise DataError(f"{path}: is not valid XML ({error})") from None
     found = []
-    for entry in root.iter("object"):
+    for entry in _parse(path).iter("object"):
         try:
             name = (entry.findtext("name") or "").strip()
             corners = [float(entry.findtext(f"bndbox/{key}") or "") for key in _CORNERS]
@@ -98,6 +95,30 @@ def read_objects(path: Path, size: Size) -> list[VocObject]:
             hard = (entry.findtext("difficult") or "0").strip() == "1"
             found.append(VocObject(name, box, hard))
     return found
+
+
+def read_size(path: Path) -> Size | None:
+    """(height, width) of the image that a file was made for; None if it does not tell.
+
+    Raises:
+        DataError: the file is missing or no XML.
+    """
+    root = _parse(path)
+    sides = [(root.findtext(f"size/{key}") or "").strip() for key in ("height", "width")]
+    if not all(side.isdecimal() and int(side) > 0 for side in sides):
+        return None
+    return int(sides[0]), int(sides[1])
+
+
+def _parse(path: Path) -> Element:
+    from xml.etree import ElementTree
+
+    try:
+        return ElementTree.parse(path).getroot()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    except ElementTree.ParseError as error:
+        raise DataError(f"{path}: is not valid XML ({error})") from None
 
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")

@@ -38,7 +38,7 @@ class WorkerError(DataError):
 
 
 def iterate(loader: DataLoader) -> Iterator[Any]:
-    """What the loader gives; where one of its processes is dead, that is the error."""
+    """What the loader gives; raises WorkerError where one of its processes has died."""
     iterator = _start(loader)
     workers: list[BaseProcess] = getattr(iterator, "_workers", [])
     while True:
@@ -107,16 +107,18 @@ def _end_when_told() -> None:
     os._exit(0)
 
 
-def count(workers: Workers, cores: int | None = None) -> int:
-    """Worker processes: with a GPU one for each core up to 8, else fewer than the model.
+def count(workers: Workers, cores: int | None = None, gpu: bool | None = None) -> int:
+    """Worker processes: with a GPU one for each core up to 8, else at most 2 beside the model.
 
     Args:
         cores: that this process has for itself; by default all that it may run on.
+        gpu: whether the model is on one; by default whether there is one.
     """
     if workers != "auto":
         return workers
     cores = len(own_cores()) if cores is None else cores
-    return min(8, cores) if torch.cuda.is_available() else min(2, cores // 2)
+    gpu = torch.cuda.is_available() if gpu is None else gpu
+    return min(8, cores) if gpu else min(2, cores // 2)
 
 
 def own_cores() -> set[int]:

@@ -21,10 +21,11 @@ from vitdense.data.collate import collate
 from vitdense.engine import build, memory
 from vitdense.engine.build import Data
 from vitdense.engine.memory import GIB, OutOfMemory, demand, free_memory, is_shortage
+from vitdense.engine.promises import check_sample
 from vitdense.engine.run import Run
 from vitdense.engine.runtime import Runtime, choose_precision, seed_step
-from vitdense.losses import divisors
 from vitdense.models.base import Model
+from vitdense.ops.processes import alone
 from vitdense.structures import Batch, Sample, Size
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -46,7 +47,7 @@ Step = Callable[[Run, Iterator[Batch]], None]
 
 
 NOTE = "# train.batch_size was found by auto\n"
-"""In a run's config.yaml, where the number is: one that somebody gave is not for `auto` to keep."""
+"""Marks a run's config.yaml: only a number that `auto` found is kept when `auto` is resumed."""
 
 
 def kept(config: Config) -> Config:
@@ -60,7 +61,7 @@ def kept(config: Config) -> Config:
 
 
 def note(config: Config) -> str:
-    """What config.yaml says beside the number, of a run that was asked for by this config."""
+    """The comment for config.yaml: `NOTE` where this config, as it was given, asks for `auto`."""
     return NOTE if config.train.batch_size == "auto" else ""
 
 
@@ -84,12 +85,14 @@ def settle(config: Config, runtime: Runtime, step: Step) -> Config:
             "train.batch_size: auto tries the whole model in each process, and train.shard is for "
             "models that are too large for that; give a number"
         )
-    find = find_by_trial if runtime.device.type == "cuda" else find_by_estimate
     host = platform.node()
     limit = _limit(runtime.device, runtime.gather(host).count(host))
-    me = replace(runtime, rank=0, world_size=1)
-    with divisors.alone():  # processes may try other numbers
-        found, needed = find(build.with_batch_size(config, 1), me, step, limit)
+    me, single = replace(runtime, rank=0, world_size=1), build.with_batch_size(config, 1)
+    with alone():  # processes may try other numbers
+        if runtime.device.type == "cuda":
+            found, needed = find_by_trial(single, me, step, limit)
+        else:
+            found, needed = find_by_estimate(single, me, limit)
     _forget(runtime.device)
     number = min(runtime.gather(found))
     if runtime.is_main:
@@ -101,29 +104,32 @@ def settle(config: Config, runtime: Runtime, step: Step) -> Config:
     return build.with_batch_size(config, number)
 
 
-def find_by_estimate(config: Config, alone: Runtime, step: Step, limit: float) -> tuple[int, int]:
-    """The number, and the bytes that a step of so many images takes."""
-    data, model = build_alone(config, alone)
+def find_by_estimate(config: Config, me: Runtime, limit: float) -> tuple[int, int]:
+    """The batch size, from the memory of a forward pass, and the bytes that such a step takes."""
+    data = build.build_data(config)
+    model = build.build_model(config, data)
+    build.weigh_classes(model, data.train, me, config.data.faulty)
+    model.to(me.device)
     batch = Heavy.draw(config, data, model).of(min(2, len(data.train)))
-    precision = choose_precision(config.train.precision, alone.device)
-    needs = demand(config, model, batch.to(alone.device), precision)
+    precision = choose_precision(config.train.precision, me.device)
+    needs = demand(config, model, batch.to(me.device), precision)
     number = largest(needs.of, limit, min(MOST_ON_CPU, len(data.train)))
     if not number:
         shape = (1, *batch.images.shape[1:])
-        raise OutOfMemory(memory.training_advice(config, 0, shape, alone.device))
+        raise OutOfMemory(memory.training_advice(config, 0, shape, me.device))
     return number, needs.of(number)
 
 
-def find_by_trial(config: Config, alone: Runtime, step: Step, limit: float) -> tuple[int, int]:
-    """The same, from steps with more and more images until they do not fit.
+def find_by_trial(config: Config, me: Runtime, step: Step, limit: float) -> tuple[int, int]:
+    """The same, from real steps with more and more images until they do not fit.
 
-    The model is compiled for none of them, and not shared with other processes: what it takes then
-    is not more.
+    They run without compilation, which takes no more memory, and without other processes: the
+    buckets by which gradients are averaged have to fit into what `SHARE_ON_GPU` leaves.
     """
     update = {"compile": False, "accumulate": min(2, config.train.accumulate)}
     config = config.model_copy(update={"train": config.train.model_copy(update=update)})
     with contextlib.redirect_stderr(io.StringIO()):  # the run itself says the same again
-        run = Run(config, alone)
+        run = Run(config, me)
     run.net.train()
     heavy = Heavy.draw(config, run.data, run.model)
     peaks: dict[int, int] = {}
@@ -137,7 +143,7 @@ def find_by_trial(config: Config, alone: Runtime, step: Step, limit: float) -> t
     number = largest(measure, limit, len(run.data.train))
     if not number:
         shape = tuple(heavy.of(1).images.shape)
-        raise OutOfMemory(memory.training_advice(config, 0, shape, alone.device))
+        raise OutOfMemory(memory.training_advice(config, 0, shape, me.device))
     return number, peaks[number]
 
 
@@ -163,8 +169,6 @@ def peak_of(run: Run, step: Step, batch: Batch) -> int | None:
     device = run.runtime.device
     count = 2 * run.config.train.accumulate  # the first step makes the optimizer's state
     _forget(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     batches = iter([batch] * count)
     try:
         seed_step(run.config.seed, 0)
@@ -216,7 +220,11 @@ def _draw(data: Data, divisor: int, seed: int) -> Iterator[Sample]:
     drawn = 0
     for index in torch.randperm(len(dataset))[:SAMPLES].tolist():
         try:
-            yield policy.compose(dataset[index], another)
+            sample = dataset[index]
+            check_sample(dataset, sample, dataset)
+            sample = policy.compose(sample, another)
+            check_sample(policy, sample, dataset)
+            yield sample
             drawn += 1
         except DataError as error:  # what becomes of it is for the loader to say
             fault = error
@@ -243,15 +251,8 @@ def _limit(device: torch.device, processes: int) -> float:
 
 
 def _forget(device: torch.device) -> None:
-    """Give memory back that nothing uses any more."""
+    """Give memory back that nothing uses any more, and measure its peak anew."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def build_alone(config: Config, alone: Runtime) -> tuple[Data, Model]:
-    """Data and model as a run has them."""
-    data = build.build_data(config)
-    model = build.build_model(config, data)
-    build.weigh_classes(model, data.train, alone, config.data.faulty)
-    return data, model.to(alone.device)
+        torch.cuda.reset_peak_memory_stats(device)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from vitdense.metrics.base import Metric
+from vitdense.metrics.image_labels import Several
 from vitdense.registry import suggest
 
 Numbers = Mapping[str, float | None]
@@ -46,8 +47,11 @@ def headline_of(metric: Metric, name: str | None) -> Headline:
     if name is None:
         return Headline(metric.headline, metric.headline in metric.lower)
     known = _known(metric)
-    # those of single classes there may be once it has seen them
-    if known and name not in known and "/" not in name:
+    kind, of_a_class, _ = name.partition("/")
+    if known and of_a_class:  # these are there once it has counted
+        metrics = metric.metrics if isinstance(metric, Several) else [metric]
+        known += [f"{kind}/{label}" for each in metrics for label in each.classes]
+    if known and name not in known:
         raise ValueError(unknown(name, known))
     return Headline(name, name in metric.lower)
 
@@ -76,7 +80,7 @@ class Best:
     """The best evaluation so far: its step and all its numbers.
 
     Attributes:
-        waited: evaluations that came after it, or were its equals, and were no better.
+        waited: evaluations since one was better than all before it.
     """
 
     step: int = 0

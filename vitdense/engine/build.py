@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from vitdense.config import Config
 from vitdense.config.schema import Data as Source
@@ -13,7 +18,7 @@ from vitdense.config.schema import Train
 from vitdense.data import loader
 from vitdense.data.base import DataError, Dataset, Policy
 from vitdense.data.cache import open_cache
-from vitdense.data.frequency import class_frequencies, repeat_factors
+from vitdense.data.frequency import class_frequencies, images_with_class, repeat_factors
 from vitdense.data.image_labels import LabelledDataset, check_splits
 from vitdense.data.loader import EvaluationLoader, Report, warn
 from vitdense.data.workers import count
@@ -26,7 +31,9 @@ from vitdense.metrics.base import Metric
 from vitdense.metrics.image_labels import ImageLabels, Several
 from vitdense.models.base import Model
 from vitdense.registry import METRICS
-from vitdense.structures import Batch, Task
+from vitdense.structures import Batch, Target, Task
+
+log = logging.getLogger(__name__)
 
 METRIC_OF: dict[Task, tuple[str, dict[str, Any]]] = {
     "detection": ("coco", {}),
@@ -69,7 +76,23 @@ def build_data(config: Config) -> Data:
             f"{what}; both must list the same ones"
         )
     check_splits(data.train, data.val)
+    _warn_of_splits(source, data)
     return data
+
+
+def _warn_of_splits(source: Source, data: Data) -> None:
+    """Tell of splits that are right each for itself, but not together."""
+    file, other = (getattr(it, "annotations", None) for it in (data.train, data.val))
+    if source.train == source.val or (file is not None and file == other and file.is_file()):
+        log.warning(
+            "%s: the splits '%s' and '%s' are the same images: the numbers of an evaluation will "
+            "say nothing about others", source.root, source.train, source.val,
+        )  # fmt: skip
+    if data.train.category_ids != data.val.category_ids:
+        log.warning(
+            "%s: the splits '%s' and '%s' have other ids for the same classes: predictions are "
+            "written with those of '%s'", source.root, source.train, source.val, source.train,
+        )  # fmt: skip
 
 
 def build_split(source: Source, split: str, image_classes: list[str] | None = None) -> Dataset:
@@ -124,6 +147,26 @@ def check_truth(task: Task, dataset: Dataset) -> None:
         )
 
 
+TRUTH: dict[Task, tuple[str, ...]] = {
+    "detection": ("labels", "boxes"),
+    "instance": ("labels", "masks"),
+    "semantic": ("semantic",),
+    "panoptic": ("labels", "masks"),
+}
+"""Fields of a target that a task is learnt from."""
+
+
+def check_targets(task: Task, targets: Sequence[Target], dataset: Dataset) -> None:
+    """Raise ValueError if a field is missing that the model's task is learnt from."""
+    for name in TRUTH.get(task, ()):
+        if any(getattr(target, name) is None for target in targets):
+            raise ValueError(
+                f"data.dataset: the truth in {dataset.root} has no `{name}`, from which the task "
+                f"of the model, {task}, is learnt; set `task` or `masks` of the data set, or take "
+                "one that has it, or another head"
+            )
+
+
 def _set_things(model: Model, dataset: Dataset) -> None:
     if dataset.things is not None:
         model.set_things(dataset.things)
@@ -134,7 +177,7 @@ def weigh_classes(
 ) -> None:
     """Tell losses that make up for rare classes how often the data has each.
 
-    The main process counts for all.
+    Each process counts in a share of the images, so all must call this.
 
     Args:
         faulty: what to do at a label map that is missing or wrong.
@@ -145,11 +188,26 @@ def weigh_classes(
     losses = [module for module in model.modules() if isinstance(module, DenseLoss)]
     losses = [loss for loss in losses if loss.balanced]
     if losses:
-        skip = faulty == "skip"
-        counted = class_frequencies(dataset, skip) if runtime.is_main else None
-        frequencies = runtime.agree(counted)
+        share = range(runtime.rank, len(dataset), runtime.world_size)
+        parts = runtime.gather(class_frequencies(dataset, faulty == "skip", share))
+        pixels, shared = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
         for loss in losses:
-            loss.set_frequencies(*frequencies)
+            loss.set_frequencies(pixels, shared)
+
+
+def image_repeats(config: Config, dataset: Dataset, runtime: Runtime) -> NDArray[np.float64] | None:
+    """[images], how often each is to be seen, by `data.rare`; None = all as often.
+
+    Each process looks at a share of the images, so all must call this; raises DataError.
+    """
+    if config.data.rare is None:
+        return None
+    share = range(runtime.rank, len(dataset), runtime.world_size)
+    parts = runtime.gather(images_with_class(dataset, config.data.faulty == "skip", share))
+    shown = torch.empty(len(dataset), parts[0].shape[1], dtype=torch.bool)
+    for rank, part in enumerate(parts):
+        shown[rank :: runtime.world_size] = part
+    return repeat_factors(shown, config.data.rare).numpy()
 
 
 def start(config: Config, data: Data, model: Model) -> Transfer | None:
@@ -196,7 +254,7 @@ def build_metric(
         things, frequencies: the data set's.
 
     Raises:
-        ValueError: there is none for the task.
+        ValueError: there is none for the task, or the config's is of another.
     """
     if image_classes:
         pixels = build_metric(config, task, classes, things, frequencies=frequencies)
@@ -214,6 +272,11 @@ def build_metric(
         part = replace(part, options=options)
         metric: Metric = part(classes)
         metric.frequencies = frequencies
+        if metric.tasks is not None and task not in metric.tasks:
+            raise ValueError(
+                f"metric: {part.name} with these options judges {' or '.join(metric.tasks)}, and "
+                f"the model's task is {task}; remove it to take the usual one"
+            )
         return metric
     if task not in METRIC_OF:
         raise ValueError(f"metric: none is built in for the task {task!r}; name one in the config")
@@ -232,19 +295,18 @@ def training_loader(
     start: int = 0,
     elapsed: Callable[[], float] = lambda: 0.0,
     report: Report = warn,
+    repeats: NDArray[np.float64] | None = None,
 ) -> Iterator[Batch]:
     """Batches without end, from batch number `start` on.
 
     Args:
-        report: is told of images that are left out because they cannot be read.
         elapsed: seconds of training so far, for the policy's last span of a run in minutes.
+        report: is told of images that are left out because they cannot be read.
+        repeats: what `image_repeats` found, if it was asked already.
     """
     length = build_length(config.train, len(data.train), runtime.world_size)
-    rare, repeats = config.data.rare, None
-    if rare is not None:
-        skip = config.data.faulty == "skip"
-        counted = repeat_factors(data.train, rare, skip).numpy() if runtime.is_main else None
-        repeats = runtime.agree(counted)
+    if repeats is None:
+        repeats = image_repeats(config, data.train, runtime)
 
     def closing(batch: int) -> bool:
         progress = length.progress(batch // config.train.accumulate, elapsed())
@@ -255,7 +317,7 @@ def training_loader(
         data.policy,
         batch_size(config.train),
         model.divisor,
-        workers=count(config.data.workers, runtime.cores),
+        workers=count(config.data.workers, runtime.cores, runtime.device.type == "cuda"),
         faulty=config.data.faulty,
         report=report,
         seed=config.seed,
@@ -264,6 +326,7 @@ def training_loader(
         repeats=repeats,
         rank=runtime.rank,
         world_size=runtime.world_size,
+        pin_memory=runtime.device.type == "cuda",
     )
 
 
@@ -276,21 +339,24 @@ def evaluation_loader(
         data.policy,
         batch_size(config.train),
         model.divisor,
-        workers=count(config.data.workers, runtime.cores),
+        workers=count(config.data.workers, runtime.cores, runtime.device.type == "cuda"),
         faulty=config.data.faulty,
         report=report,
         rank=runtime.rank,
         world_size=runtime.world_size,
+        pin_memory=runtime.device.type == "cuda",
     )
 
 
 def build_length(settings: Train, images: int, world_size: int = 1) -> Length:
     """How long the config wants to train on so many images."""
-    per_epoch = images / images_per_step(settings, world_size)
+    per_step = images_per_step(settings, world_size)
+    per_epoch = images / per_step
     if settings.minutes is not None:
         return Length(per_epoch, seconds=60 * settings.minutes)
     if settings.epochs is not None:
-        return Length(per_epoch, steps=math.ceil(settings.epochs * per_epoch))
+        # rounded once: 100 epochs of 0.07 steps would be 7.000000000000001
+        return Length(per_epoch, steps=math.ceil(settings.epochs * images / per_step))
     return Length(per_epoch, steps=settings.steps)
 
 

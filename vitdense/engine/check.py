@@ -18,8 +18,10 @@ from vitdense.engine.build import Data
 from vitdense.engine.evaluate import answer as answer_batch
 from vitdense.engine.evaluate import check_inference, place
 from vitdense.engine.optim import build_optimizer
+from vitdense.engine.promises import check_answers, check_numbers
 from vitdense.engine.runtime import Runtime
 from vitdense.engine.tally import Tally
+from vitdense.metrics.base import Metric
 from vitdense.models.base import Model
 from vitdense.structures import Batch, Prediction
 
@@ -60,13 +62,13 @@ def check(config: Config) -> str:
     ]
     rows += summary.plan_rows(asked, data, model, optimizer, where, needs)
     rows += list(try_training(config, data, model, where))
-    rows += list(try_prediction(config, data, model, where))
+    rows += list(try_prediction(config, data, model, where, metric, headline.name))
     rows.append(("metric", f"{metric}, the best model by {headline.name}"))
     seconds = time.perf_counter() - start
     rows.append(
         ("all is well", f"on {where.device} in {seconds:.1f} s; a run goes to {config.output}")
     )
-    return summary.as_table(rows)
+    return "\n".join(summary.as_table(rows))
 
 
 def shrink(config: Config) -> Config:
@@ -96,9 +98,9 @@ def some(names: Sequence[str]) -> str:
 
 def describe_model(model: Model) -> Iterator[tuple[str, str]]:
     """Its pieces, their parameters and the levels that they promise."""
-    yield "model", f"{type(model).__name__} for {model.task}, {parameters(model)}"
+    yield "model", f"{type(model).__name__} for {model.task}, {summary.count(model)}"
     for name, child in model.named_children():
-        yield f"  {name}", f"{type(child).__name__}, {parameters(child)}"
+        yield f"  {name}", f"{type(child).__name__}, {summary.count(child)}"
         levels = [f"{it.channels} at {it.stride:g}" for it in getattr(child, "levels", [])]
         if levels:
             yield "", f"channels at stride of its levels: {', '.join(levels)}"
@@ -109,7 +111,7 @@ def try_training(
 ) -> Iterator[tuple[str, str]]:
     """Forward, loss and backward of one training batch."""
     batch = next(build.training_loader(config, data, model, where)).to(where.device)
-    yield "training", f"images {shapes(batch.images)}, {truth(batch)}"
+    yield "training", f"images {shapes(batch.images)}{values(batch.images)}, {truth(batch)}"
     model.train()
     precision = runtime.choose_precision(config.train.precision, where.device)
     seen: dict[str, Any] = {}
@@ -129,31 +131,28 @@ def try_training(
 
 
 def try_prediction(
-    config: Config, data: Data, model: Model, where: Runtime
+    config: Config, data: Data, model: Model, where: Runtime, metric: Metric, headline: str
 ) -> Iterator[tuple[str, str]]:
-    """Answers for one batch of the validation split."""
+    """Answers for one batch of the validation split, which the metric can count."""
     batch = next(iter(build.evaluation_loader(config, data, model, where)))
     batch = place(batch, where.device, config.inference)
     model.eval()
-    (answer, *_) = answer_batch(model, batch, torch.float32, config.inference)
+    answers = answer_batch(
+        model, batch, torch.float32, config.inference, confidence=metric.confidence
+    )
+    check_answers(model, answers, len(batch.frames))
+    metric.reset()
+    metric.update(answers, batch)
+    check_numbers(metric, headline, metric.compute())
     yield "prediction", f"images {shapes(batch.images)}, the first is {batch.paths[0]}"
     for name in (field.name for field in fields(Prediction)):
-        if (value := getattr(answer, name)) is not None:
+        if (value := getattr(answers[0], name)) is not None:
             yield f"  {name}", shapes(value)
 
 
 def watch(name: str, module: nn.Module, seen: dict[str, Any]) -> Any:
     """Note what a module puts out, as long as the context lasts."""
     return module.register_forward_hook(lambda _module, _inputs, out: seen.update({name: out}))
-
-
-def parameters(module: nn.Module) -> str:
-    """Their number in millions, and of the trainable ones if some are not."""
-    counts = [(p.numel(), p.requires_grad) for p in module.parameters()]
-    total = sum(count for count, _ in counts)
-    free = sum(count for count, trains in counts if trains)
-    frozen = "" if free == total else f", {free / 1e6:.2f} M of them trainable"
-    return f"{total / 1e6:.2f} M parameters{frozen}"
 
 
 def gradients(model: nn.Module) -> str:
@@ -165,6 +164,13 @@ def gradients(model: nn.Module) -> str:
     without = [name for name, p in trainable if p.grad is None]
     more = f" and {len(without) - 3} more" if len(without) > 3 else ""
     return text + (f"; none for {', '.join(without[:3])}{more}" if without else "")
+
+
+def values(images: Tensor) -> str:
+    """What deep images hold: little of 0..255 where the data set's `range` is too wide for them."""
+    if images.dtype == torch.uint8:
+        return ""
+    return f" with values from {images.min():.4g} to {images.max():.4g} of 0..255"
 
 
 def truth(batch: Batch) -> str:

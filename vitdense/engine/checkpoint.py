@@ -79,7 +79,7 @@ def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def _move(partial: Path, path: Path) -> None:
-    """In one step for a file; a folder has its forerunner out of the way for a moment."""
+    """Put `partial` in the place of `path`; a folder that is there is moved aside first."""
     if path.is_dir():
         aside = path.with_name(f".{path.name}{ASIDE}")
         remove(aside)
@@ -91,7 +91,7 @@ def _move(partial: Path, path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Wait until the disk has a file, or a folder's names."""
+    """Wait until the disk has the content of a file, or the names in a folder."""
     if path.is_dir() and os.name == "nt":  # has no such thing
         return
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -122,11 +122,6 @@ def _reason(error: BaseException) -> str:
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically; raises CheckpointError."""
     write_atomic(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-
-
-def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write a training state atomically; raises CheckpointError."""
-    write_atomic(path, lambda partial: write_state(partial, state))
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
@@ -211,6 +206,8 @@ def read_meta(path: Path | str) -> Meta:
     """
     from safetensors import SafetensorError, safe_open
 
+    if Path(path).is_dir():
+        raise CheckpointError(f"{path}: is a folder; name the model.safetensors in it")
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: not found")
     try:

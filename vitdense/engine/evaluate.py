@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from vitdense.config.schema import Inference
+from vitdense.data.base import DataError
 from vitdense.engine.memory import explained_answer
 from vitdense.engine.runtime import autocast, to_float
 from vitdense.engine.views import Advance, Glances, segment
@@ -42,23 +44,36 @@ def evaluate(
     Args:
         model: is put into evaluation mode, and back into its own afterwards.
         loader: batches with truth in original pixels.
-        metric: is reset first.
+        metric: is reset first, and again at the end, because it holds objects of all images.
         device: where the model lies.
         precision: of autocast.
         watch: is shown every batch with its predictions, to draw or to keep them.
         inference: windows, flips and scales.
+
+    Raises:
+        DataError: two images have the same id, of which metrics would count the first alone.
     """
     was_training = model.training
     model.eval()
     metric.reset()
+    paths: dict[int | str, Path] = {}
     for batch in loader:
+        for image_id, path in zip(batch.image_ids, batch.paths, strict=True):
+            if (other := paths.setdefault(image_id, path)) != path:
+                raise DataError(
+                    f"{path}: has the id {image_id!r}, and so has {other}; metrics tell images by "
+                    "their ids, so let `image_id` be another for each"
+                )
         batch = place(batch, device, inference)
         predictions = answer(model, batch, precision, inference, confidence=metric.confidence)
         metric.update(predictions, batch)
         if watch is not None:
             watch(batch, predictions)
     model.train(was_training)
-    return metric.compute()
+    # a checkpoint with numpy's floats, which a metric of one's own may give, cannot be read
+    numbers = {name: float(value) for name, value in metric.compute().items()}
+    metric.reset()  # training goes on and wants the memory, mostly that of a GPU
+    return numbers
 
 
 @explained_answer
@@ -105,7 +120,7 @@ def answer(
 
 
 def place(batch: Batch, device: torch.device, inference: Inference = WHOLE) -> Batch:
-    """All of a batch on the device, but images that go there window by window."""
+    """The batch on the device, but for images that `answer` moves there window by window."""
     if inference.window is None:
         return batch.to(device, non_blocking=True)
     rest = replace(batch, images=batch.images[:0]).to(device, non_blocking=True)
@@ -119,7 +134,7 @@ def options_used(inference: Inference) -> list[str]:
 
 
 def _without_scores(model: Model) -> str | None:
-    """The class that should have `semantic_logits` and has not."""
+    """The name of the class that lacks `semantic_logits`; None if the model has them."""
     if type(model).semantic_logits is Model.semantic_logits:
         return type(model).__name__
     if isinstance(model, HeadedModel):
@@ -164,4 +179,5 @@ def check_inference(inference: Inference, model: Model, metric: Metric | None = 
         try:
             canvas.fit(window_size(inference, (0, 0)))
         except ValueError as error:  # it takes images of one size alone
-            raise ValueError(f"inference.window: {error}, or give windows of that size") from None
+            reason = str(error).removeprefix("img_size: ")
+            raise ValueError(f"inference.window: {reason}, or give windows of that size") from None

@@ -20,7 +20,6 @@ from vitdense.data.base import DataError
 from vitdense.data.loader import ImageError, Unreadable
 from vitdense.data.workers import WorkerError
 from vitdense.engine import build, checkpoint
-from vitdense.engine.checkpoint import CheckpointError
 from vitdense.engine.sharding import is_sharded
 from vitdense.engine.stopping import Stopped, StopSignal
 from vitdense.engine.tally import Fault, NonFiniteLoss, holds
@@ -67,7 +66,7 @@ def kept(run: Run) -> Iterator[None]:
 
 
 def keep(run: Run, error: NonFiniteLoss) -> NonFiniteLoss:
-    """Write what `vitdense replay` needs under `faults/`; the error with where that is.
+    """Write what `vitdense replay` needs under `faults/`; returns the error that also says where.
 
     `model.safetensors` holds the weights with which the step began. Each process writes its own
     batches, `rank_0_batch_0.safetensors`, and what is known of them, `rank_0.json`.
@@ -89,7 +88,7 @@ def keep(run: Run, error: NonFiniteLoss) -> NonFiniteLoss:
         }
         checkpoint.write_text(folder / f"rank_{rank}.json", json.dumps(facts, indent=2) + "\n")
         _save_weights(run, fault, folder / "model.safetensors")
-    except (DataError, CheckpointError) as other:
+    except Exception as other:  # whatever it is, it must not hide the fault
         lost = f"{folder} could not be kept: {other}"
         return NonFiniteLoss(f"{error} ({lost}). Then {_way_on(run)}", fault)
     found = f"`vitdense replay {run.folder}` shows where it arises, from {folder}"
@@ -128,6 +127,7 @@ def _save_batches(run: Run, fault: Fault, folder: Path) -> list[Path]:
         start=fault.step * accumulate,
         elapsed=lambda: fault.fraction * (run.length.seconds or 0.0),
         report=lambda image: None,
+        repeats=run.repeats,
     )
     paths = []
     for number, batch in enumerate(islice(batches, accumulate)):
@@ -147,7 +147,7 @@ def _as_json(value: Any) -> Any:
 
 
 def hidden_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """What training reads and `state_dict` has not, as class weights that follow from the data."""
+    """Buffers that training reads and `state_dict` lacks, as class weights found in the data."""
     known = model.state_dict().keys()
     return {name: buffer for name, buffer in model.named_buffers() if name not in known}
 

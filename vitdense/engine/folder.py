@@ -33,10 +33,10 @@ def prepare(config: Config, resume: bool, runtime: Runtime) -> dict[str, Any] | 
                     tell(config)
             else:
                 tell_results(config, outcome)
-        except ValueError as error:
+        except Exception as error:  # the others wait to be told
             outcome = error
     outcome = runtime.agree(outcome)
-    if isinstance(outcome, ValueError):
+    if isinstance(outcome, Exception):
         raise outcome
     found: dict[str, Any] | None = outcome
     return found

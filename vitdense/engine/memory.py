@@ -13,8 +13,9 @@ from torch import Tensor
 
 from vitdense.config import Config, Part
 from vitdense.data.cache import memory_of_machine
-from vitdense.engine.runtime import autocast, memory_used, to_float
-from vitdense.losses.divisors import alone
+from vitdense.engine.promises import check_losses, maps_watched
+from vitdense.engine.runtime import autocast, choose_precision, has_bf16, memory_used, to_float
+from vitdense.ops.processes import alone
 from vitdense.structures import Batch, Size
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class OutOfMemory(MemoryError):
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """Bytes that training takes: exact, but the activations, which are those saved for backward.
+    """Bytes that training takes: exact, except for activations, which are those kept for backward.
 
     Attributes:
         weights: parameters and buffers.
@@ -83,7 +84,7 @@ def demand(config: Config, model: Model, batch: Batch, precision: torch.dtype) -
 
 
 def saved_for_backward(model: Model, batch: Batch, precision: torch.dtype) -> int:
-    """Bytes of the tensors, but parameters and buffers, that backward would read."""
+    """Bytes of the tensors that autograd keeps for backward, without parameters and buffers."""
     held = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     found: dict[int, int] = {}
 
@@ -98,9 +99,10 @@ def saved_for_backward(model: Model, batch: Batch, precision: torch.dtype) -> in
     model.train()
     try:
         with alone(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            with autocast(batch.images.device, precision):
+            with autocast(batch.images.device, precision), maps_watched(model):
                 outputs = model(batch.images, batch.targets)
             losses = model.loss(to_float(outputs), batch.targets)
+        check_losses(model, losses)
         del outputs, losses
     finally:
         for module, mode in modes:
@@ -149,7 +151,7 @@ class _Latest(Iterator[Batch]):
 def explained_training(
     step: Callable[[Run, Iterator[Batch]], None],
 ) -> Callable[[Run, Iterator[Batch]], None]:
-    """The same training step, whose shortage of memory is an OutOfMemory."""
+    """Decorate a training step: where memory runs out, it raises OutOfMemory with advice."""
 
     @wraps(step)
     def explained(run: Run, batches: Iterator[Batch]) -> None:
@@ -169,7 +171,7 @@ def explained_training(
 def explained_answer(
     answer: Callable[Concatenate[Model, Batch, P], T],
 ) -> Callable[Concatenate[Model, Batch, P], T]:
-    """The same way to answers, whose shortage of memory is an OutOfMemory."""
+    """The same for the prediction of a batch."""
 
     @wraps(answer)
     def explained(model: Model, batch: Batch, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -206,8 +208,9 @@ def training_advice(
         half = images // 2
         times = round(images * settings.accumulate / half)
         ways.append(f"train.batch_size={half} train.accumulate={times}: a step in smaller parts")
-    if settings.precision not in ("bf16", "fp16") and (device.type != "cuda" or not _has_bf16()):
-        ways.append("train.precision=bf16: half of the activations")
+    if choose_precision(settings.precision, device) == torch.float32:
+        name = "bf16" if device.type != "cuda" or has_bf16() else "fp16"
+        ways.append(f"train.precision={name}: half of the activations")
     ways += [
         f"{path}=true: activations are computed again in backward"
         for path in switches(config.model, "model", "checkpointing")
@@ -259,11 +262,6 @@ def smaller_canvases(transforms: Part) -> list[str]:
             less = max(32, size * 3 // 4 // 32 * 32)
             return [f"data.transforms.{key}={less}: smaller images"] if less < size else []
     return ["smaller images: the size in data.transforms"]
-
-
-def _has_bf16() -> bool:
-    """Whether precision auto is bf16 already."""
-    return torch.cuda.is_bf16_supported()
 
 
 def _usage(device: torch.device) -> str:

@@ -119,8 +119,8 @@ def _named(model: Model, part: str) -> list[str]:
     if not found:
         words = {word for name in names for word in name.split(".") if not word.isdigit()}
         raise ValueError(
-            f"scales: no parameter is called {part!r}.{suggest(part, sorted(words))} Parts are "
-            f"{', '.join(sorted(words))}"
+            f"optimizer.scales: no parameter is called {part!r}.{suggest(part, sorted(words))} "
+            f"Parts are {', '.join(sorted(words))}"
         )
     return found
 
@@ -139,7 +139,8 @@ def _backbone_scales(
     if missing:
         kind = type(model.backbone).__name__
         raise ValueError(
-            f"layer_decay: {kind} knows no depth of {missing[0]!r}; leave layer_decay at 1"
+            f"optimizer.layer_decay: {kind} knows no depth of {missing[0]!r}; leave it at 1, or "
+            "let layer_depths of the backbone tell it"
         )
     top = max(depths.values(), default=0) + 1
     for name in names:

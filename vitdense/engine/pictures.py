@@ -6,12 +6,13 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from vitdense.data.base import DataError, Dataset
+from vitdense.data.geometry import resize
+from vitdense.engine.checkpoint import write_atomic
 from vitdense.engine.runtime import Runtime
-from vitdense.ops.draw import as_segments, draw, grid, side_by_side
+from vitdense.ops.draw import as_segments, draw, side_by_side, stacked
 from vitdense.structures import Batch, Prediction, Sample
 
 SIDE = 640
@@ -55,8 +56,7 @@ class Pictures:
             return
         try:
             rows = [self._row(key) for key in self._samples if key in self._predictions]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write(grid(rows, columns=1), path)
+            _write(stacked(*rows), path)
         except Exception as error:
             warnings.warn(f"{path}: no picture could be made: {error}", stacklevel=2)
 
@@ -76,11 +76,11 @@ def _shrink(row: Tensor) -> Tensor:
     height, width = row.shape[1:]
     if width <= 2 * SIDE:
         return row
-    size = [round(height * 2 * SIDE / width), 2 * SIDE]
-    return F.interpolate(row[None].float(), size, mode="area")[0].byte()
+    return resize(row, (round(height * 2 * SIDE / width), 2 * SIDE))
 
 
 def _write(picture: Tensor, path: Path) -> None:
     from PIL import Image
 
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path, quality=92)
+    image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+    write_atomic(path, lambda partial: image.save(partial, "JPEG", quality=92))

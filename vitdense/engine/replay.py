@@ -17,6 +17,7 @@ from vitdense.config import Config, loads
 from vitdense.engine import checkpoint, faults, runtime
 from vitdense.engine.checkpoint import CheckpointError
 from vitdense.engine.optim import freeze
+from vitdense.engine.summary import as_table
 from vitdense.engine.trace import Call, Trace
 from vitdense.losses.divisors import one_step
 from vitdense.models.base import Model
@@ -118,7 +119,7 @@ def play(step: Step, facts: Facts) -> tuple[str, bool]:
             lines += ["", f"batch {number + 1} of {len(facts['batches'])}"]
         before = facts["terms"][number]
         rows = [(key, _short(before[key]), _short(value)) for key, value in terms.items()]
-        lines += ["", *table([("loss", "in the run", "here"), *rows])]
+        lines += ["", *as_table([("loss", "in the run", "here"), *rows])]
         lost = [key for key, it in model.named_parameters() if it.grad is not None
                 and not it.grad.isfinite().all()]  # fmt: skip
         if lost or not finite(terms):
@@ -182,7 +183,7 @@ def explain(trace: Trace, lost: list[str]) -> list[str]:
     until = len(calls) if first is None else first + 1
     shown = calls[max(0, until - ROWS) : until]
     title = ("gradient of the output of", "", "") if backward else ("module", "input", "output")
-    lines = table([title, *(_row(call, backward) for call in shown)])
+    lines = as_table([title, *(_row(call, backward) for call in shown)])
     if first is not None:
         lines[-1] += "  <- first"
     elif not backward:
@@ -200,11 +201,3 @@ def _row(call: Call, backward: bool) -> tuple[str, str, str]:
     if backward:
         return call.module, str(call.outputs), ""
     return call.module, "-" if call.inputs is None else str(call.inputs), str(call.outputs)
-
-
-def table(rows: list[tuple[str, str, str]]) -> list[str]:
-    """Columns of equal width."""
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return [
-        "  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]

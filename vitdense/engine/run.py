@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.amp import GradScaler
 
@@ -121,6 +123,11 @@ class Run:
         """Images of all processes that one step learns from."""
         return build.images_per_step(self.config.train, self.runtime.world_size)
 
+    @cached_property
+    def repeats(self) -> NDArray[np.float64] | None:
+        """`image_repeats`; counted once, because a process that breaks has to do without others."""
+        return build.image_repeats(self.config, self.data.train, self.runtime)
+
     def measure(self) -> None:
         """Bring `progress` up to date; where it counts minutes, by the main process's clock."""
         elapsed = self.clock.elapsed
@@ -204,7 +211,7 @@ class Run:
         return Meta(
             config=configs.dump(self.config),
             classes=list(self.data.train.classes),
-            category_ids=list(self.data.train.category_ids),
+            category_ids=np.asarray(self.data.train.category_ids).tolist(),  # JSON's integers
             task=self.model.task,
             step=self.best.step,
             metrics=self.best.numbers,
@@ -213,13 +220,14 @@ class Run:
         )
 
     def save(self, stopped: bool = False) -> None:
-        """Write the checkpoint, after a look at the losses: faulty weights must not be kept.
+        """Log, and write a checkpoint; a loss that is not finite raises before that.
 
-        Right after the best evaluation they are those of the best model, whose file follows. In
-        this order, because a checkpoint can make the file again.
+        Right after the best evaluation `model.safetensors` is written too. It comes second,
+        because a run that is resumed from the checkpoint can make it again.
 
         Args:
-            stopped: where no record is due: the losses since the last one are saved too.
+            stopped: in between two logs; the checkpoint then has the losses since the last one, so
+                that a resumed run logs them as one that was never stopped.
         """
         tallies = []
         if stopped:
@@ -310,7 +318,7 @@ class Run:
                 print(f"{path}: goes on elsewhere:\n{table(changes)}", file=sys.stderr)
 
     def _restore_optimizer(self, name: str, state: State, rates: list[float]) -> None:
-        """What it remembers, unless it is another one; the rates until the next step sets them."""
+        """Give back its state, unless it is of another kind now, and the rates of its last step."""
         if name == type(self.optimizer).__name__:
             load_named_state(self.optimizer, self.model, state)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=False):

@@ -50,9 +50,12 @@ class Runtime:
         if self.world_size == 1 or isinstance(model, FSDPModule):
             return model
         devices = [self.device] if self.device.type == "cuda" else None
-        # a neck may make levels that no head reads: their parameters never have a gradient
         return nn.parallel.DistributedDataParallel(
-            model, device_ids=devices, find_unused_parameters=True
+            model,
+            device_ids=devices,
+            # a neck may make levels that no head reads: their parameters never have a gradient
+            find_unused_parameters=True,
+            gradient_as_bucket_view=True,  # else all gradients are there twice
         )
 
     def synchronize_norms(self, model: M) -> M:
@@ -159,8 +162,15 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     except RuntimeError:
         message = f"device: {name!r} is no device; write auto, cpu, cuda or cuda:1"
         raise ValueError(message) from None
+    if device.type == "mps":
+        raise ValueError("device: mps has no float64, which metrics need; write auto or cpu")
     if device.type == "cuda":
         count = torch.cuda.device_count()
+        if device.index not in (None, local_rank) and local_rank:
+            raise ValueError(
+                f"device: {name} is one GPU, and several processes would share it; write cuda, and "
+                "each takes its own"
+            )
         device = torch.device("cuda", local_rank if device.index is None else device.index)
         if device.index >= count:
             raise ValueError(f"device: {name} is not here, {count} GPUs are; write auto or cpu")
@@ -177,10 +187,15 @@ def seed_step(seed: int, step: int, rank: int = 0) -> None:
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """Type of autocast: `auto` is bf16 on CUDA, fp32 elsewhere."""
+    """Type of autocast: `auto` is bf16 on a GPU that has it, fp32 elsewhere."""
     if name == "auto":
-        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        name = "bf16" if device.type == "cuda" and has_bf16() else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def has_bf16() -> bool:
+    """Whether the GPU computes in bf16 by itself: torch emulates it on older ones, slowly."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

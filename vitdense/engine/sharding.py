@@ -37,7 +37,7 @@ def shard(model: nn.Module) -> None:
 
 
 def _repeated(module: nn.Module) -> Iterator[nn.Module]:
-    """Compound children of lists in which all are of one type, the innermost first."""
+    """Items of lists whose items are all of one class with parts of its own, innermost first."""
     for child in module.children():
         yield from _repeated(child)
         items = list(child.children()) if isinstance(child, nn.ModuleList | nn.Sequential) else []

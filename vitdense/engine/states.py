@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vitdense.engine import checkpoint, parts
 from vitdense.engine.checkpoint import ASIDE, PARTIAL, CheckpointError
+from vitdense.engine.stopping import Stopped
 
 State = dict[str, Any]
 """Numbers, strings and tensors in mappings and lists; has at least `step` and `model`."""
@@ -29,7 +30,7 @@ class States:
     An entry is named after its step, of six digits or more: `step_000500.pt` is a file of
     torch.save, `step_000500` a folder of torch.distributed.checkpoint. What lies under that name is
     whole: it is written as `.step_000500.pt.partial`, brought to the disk, and moved. A subclass
-    writes another form with `suffix`, `snapshot`, `write` and `read`.
+    writes another form with `suffix`, `write` and `read`.
 
     Attributes:
         suffix: of the entries that are written; "" for a folder.
@@ -80,7 +81,7 @@ class States:
         )
 
     def save(self, step: int, state: State, then: Callable[[State], Any] | None = None) -> None:
-        """Copy the state and return; a thread writes the copy, after that of the save before.
+        """Copy the state and return: a thread writes the copy. Waits for the save before.
 
         Args:
             then: is called by the thread with the copy, when the entry is whole.
@@ -89,7 +90,7 @@ class States:
             CheckpointError: the save before failed.
         """
         self.wait()
-        self._writing = self._thread.submit(self._store, step, self.snapshot(state), then)
+        self._writing = self._thread.submit(self._store, step, clone(state), then)
 
     def wait(self) -> None:
         """Wait until all is on the disk; raises CheckpointError if it could not be written."""
@@ -106,11 +107,11 @@ class States:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Wait; a failure to write is only told of where another error is on its way."""
+        """Wait for the write; its failure is a warning where another error is on its way."""
         try:
             self.wait()
         except CheckpointError as failure:
-            if error is None:
+            if error is None or isinstance(error, Stopped):  # which says that all is saved
                 raise
             warnings.warn(str(failure), stacklevel=2)
 
@@ -118,11 +119,6 @@ class States:
         """Raise CheckpointError if the latest save has failed; does not wait for it."""
         if self._writing is not None and self._writing.done():
             self.wait()
-
-    def snapshot(self, state: State) -> State:
-        """A copy on the CPU that shares nothing with what training goes on to change."""
-        copy: State = clone(state)
-        return copy
 
     def write(self, path: Path, state: State) -> None:
         """Write a copied state to `path`, a name that is not yet an entry's; may raise OSError."""
@@ -156,7 +152,7 @@ class States:
         return f"{whole[-1]} is whole: when there is room again, go on from there with --resume"
 
     def _drop(self, step: int) -> None:
-        """Keep the latest up to `step`; those after it are of a life that was not gone on with."""
+        """Keep the latest up to `step`; later ones were torn when the run was resumed."""
         entries = self.entries
         kept = [path for path in entries if step_of(path) <= step][-self.keep :]
         for path in entries:

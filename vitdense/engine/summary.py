@@ -44,13 +44,16 @@ def tell(run: Run) -> None:
             *model_rows(run.model),
             *plan_rows(run.config, run.data, run.model, run.optimizer, run.runtime, needs),
         ]
-        print(as_table(rows), file=sys.stderr)
+        print("\n".join(as_table(rows)), file=sys.stderr)
 
 
-def as_table(rows: Sequence[Row]) -> str:
-    """Names and texts in two columns."""
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {text}".rstrip() for name, text in rows)
+def as_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with columns of equal width."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
 def try_out(config: Config, data: Data, model: Model, runtime: Runtime) -> Demand | None:
@@ -63,6 +66,7 @@ def try_out(config: Config, data: Data, model: Model, runtime: Runtime) -> Deman
         return None
     images = min(2, build.batch_size(config.train))
     batch = Heavy.draw(config, data, model).of(images).to(runtime.device)
+    build.check_targets(model.task, batch.targets, data.train)
     precision = choose_precision(config.train.precision, runtime.device)
     try:
         with speed.uncompiled(config):

@@ -70,7 +70,7 @@ class Entry:
 
 @dataclass(slots=True)
 class Tally:
-    """What was lost since the last reading. Adding copies nothing to the host.
+    """Loss terms and gradient norms since the last reading; to add some waits for no device.
 
     Attributes:
         faulty: 1 from the first loss or gradient on that is not finite, before it 0; a scalar on
@@ -132,14 +132,14 @@ class Tally:
         return {name: sum(numbers) / len(numbers) for name, numbers in means.items()}
 
     def peek(self) -> dict[str, float]:
-        """The same, but what is read goes on waiting."""
+        """The same without forgetting them."""
         entries, norms = self.entries, self.norms
         means = self.read()
         self.entries, self.norms = entries, norms
         return means
 
     def state_dict(self) -> dict[str, Any]:
-        """What waits to be read, for resuming."""
+        """What is not read yet, for resuming."""
         entries = [
             [it.step, it.fraction, it.names, it.values, [str(path) for path in it.paths]]
             for it in self.entries
@@ -195,5 +195,5 @@ def hold_at_fault(optimizer: Optimizer, tally: Tally) -> None:
 
 
 def holds(optimizer: Optimizer) -> bool:
-    """Whether `hold_at_fault` can hold it."""
+    """Whether the optimizer heeds `hold_at_fault`: a fused one."""
     return all(group.get("fused") for group in optimizer.param_groups)

@@ -71,7 +71,6 @@ def loop(run: Run, stop: StopSignal) -> None:
     """Train from where the run is to its end, or until it is told to stop."""
     settings = run.config.train
     run.net.train()
-    run.clock.start()
     batches = build.training_loader(
         run.config,
         run.data,
@@ -80,8 +79,10 @@ def loop(run: Run, stop: StopSignal) -> None:
         start=run.step * settings.accumulate,
         elapsed=lambda: run.clock.elapsed,
         report=run.left_out,
+        repeats=run.repeats,
     )
     batches = faults.rescued(run, batches, stop)
+    run.clock.start()
     while True:
         stopped = told_to_stop(run, stop)
         ends = stopped or run.done

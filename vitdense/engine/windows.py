@@ -102,8 +102,8 @@ class Mosaic:
         Args:
             images: [B, C, H, W]; padded with zeros where they are smaller than a window.
             divisor: of canvases, windows and their places.
-            keep: most rows of the map that are read at once, from classes and size of the map; of
-                more than that and a window nothing is kept. By default all rows are.
+            keep: (number of classes, size of the map) -> most rows of it that are read at once.
+                Only so many, and those of a row of windows, are then kept; by default all are.
         """
         self.compute, self.keep, self.blend = compute, keep, settings.blend
         height, width = images.shape[-2:]
@@ -174,7 +174,7 @@ class Mosaic:
         self._end = end
 
     def _add(self, scores: Tensor, row: Place, column: Place) -> None:
-        """Move the mean towards a window's scores; where they are the mean, it stays exactly."""
+        """Take a window into the weighted mean, which stays bit for bit where scores are equal."""
         scores = scores[..., row.inner, column.inner]
         weights = self.weights[row.inner, column.inner]
         across = slice(column.first, column.last)
@@ -183,7 +183,7 @@ class Mosaic:
             self.ring[:, :, there, across].lerp_(scores[..., here, :], weights[here] / seen)
 
     def _pieces(self, first: int, last: int) -> Iterator[tuple[slice, slice]]:
-        """Rows first..last as slices of the ring, and of themselves."""
+        """Slices of the ring for rows first..last, each with its share of them; two at a wrap."""
         room, count = self.ring.shape[2], last - first
         start = first % room
         before = min(count, room - start)

@@ -48,16 +48,17 @@ class Head(nn.Module):
     def semantic_logits(self, outputs: Any) -> Tensor:
         """Scores of each class, float [B, C, h, w] over the canvas, for heads with task semantic.
 
-        What `predict` decides by; those of windows and of flipped and scaled images are averaged.
+        `predict` answers with the best class of each pixel. Sliding windows and flipped or scaled
+        images average them before.
         """
         raise NotImplementedError
 
     def probabilities(self, scores: Tensor) -> Tensor:
-        """What `semantic_logits` of one image, float [C, h, w], say of each class, 0..1."""
+        """Probability of each class, 0..1, from `semantic_logits` of one image, float [C, h, w]."""
         return scores.softmax(0)
 
     def canvas(self, features: list[Tensor]) -> Size:
-        """Size of the canvas in pixels that the features cover."""
+        """(height, width) in pixels of the canvas that the features cover."""
         height, width = features[0].shape[-2:]
         stride = self.levels[0].stride
         return round(height * stride), round(width * stride)

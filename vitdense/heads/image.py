@@ -21,9 +21,9 @@ class ImageHead(nn.Module):
     Args:
         channels: of the map, or of the token.
         classes: K.
-        pooling: mean: of all cells; attention: each label weighs the cells itself, at first all
-            alike (Ilse et al., "Attention-based Deep Multiple Instance Learning", arXiv 1802.04712,
-            with a linear score); token: it comes pooled.
+        pooling: `mean` of all cells; `attention`, where each label has weights for the cells, equal
+            at first (Ilse et al., "Attention-based Deep Multiple Instance Learning", arXiv
+            1802.04712, with a linear score); `token`: the features are pooled already.
     """
 
     def __init__(self, channels: int, classes: int, pooling: Pooling) -> None:
@@ -44,7 +44,7 @@ class ImageHead(nn.Module):
         if self.pooling == "mean":
             return self.classifier(self.norm(features.mean((2, 3))))
         cells = self.norm(features.flatten(2).mT)
-        # unscaled, Adam's first steps, added up over all channels, would settle on single cells
+        # without the scale, Adam's first steps on all channels would put all weight on single cells
         weights = (self.attention(cells) / math.sqrt(cells.shape[2])).softmax(1)
         return (weights * self.classifier(cells)).sum(1)
 
@@ -52,7 +52,7 @@ class ImageHead(nn.Module):
     def loss(logits: Tensor, targets: list[Target]) -> Tensor:
         """Binary cross-entropy, the mean over images that have a truth and over labels.
 
-        Zero with a gradient if no image has one.
+        Zero, but part of the graph, if no image has one.
         """
         known = [i for i, target in enumerate(targets) if target.image_labels is not None]
         labels = [target.image_labels for target in targets if target.image_labels is not None]
@@ -60,7 +60,9 @@ class ImageHead(nn.Module):
         if not labels:
             return 0 * logits.sum()
         if len(known) < len(targets):
-            logits = logits[known]
+            # indexing by a list would make the host wait
+            index = torch.tensor(known).to(logits.device, non_blocking=True)
+            logits = logits.index_select(0, index)
         truth = torch.stack(labels).to(logits.dtype)
         total = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum")
         return total / (images * truth.shape[1])

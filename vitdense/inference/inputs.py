@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vitdense.data.deep import Limits, to_bytes
 from vitdense.data.images import read_image
-from vitdense.structures import Sample, Target
+from vitdense.structures import Sample, Size, Target
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PilImage
@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
-def to_sample(image: Image, channels: int, index: int = 0, limits: Limits | None = None) -> Sample:
+def to_sample(
+    image: Image,
+    channels: int,
+    index: int = 0,
+    limits: Limits | None = None,
+    size: Size | None = None,
+) -> Sample:
     """One image as a sample whose id is `index`.
 
     Args:
@@ -29,20 +35,23 @@ def to_sample(image: Image, channels: int, index: int = 0, limits: Limits | None
             tensors are uint8, or uint16, or with `limits` any type.
         channels: what the model takes; grey images are repeated to it.
         limits: the values of deeper images than 8 bits that become 0 and 255.
+        size: (height, width) of a file as its truth has it; see `data.images.read_image`.
 
     Raises:
-        DataError: the file is missing or broken.
+        DataError: the file is missing or broken, or of another size.
         ValueError: an array or a tensor of another type or shape.
     """
     path = Path(image) if isinstance(image, str | Path) else Path(f"image {index}")
-    pixels = to_tensor(image, channels, limits)
+    pixels = to_tensor(image, channels, limits, size)
     return Sample(pixels, Target(), index, (pixels.shape[1], pixels.shape[2]), path)
 
 
-def to_tensor(image: Image, channels: int, limits: Limits | None = None) -> Tensor:
+def to_tensor(
+    image: Image, channels: int, limits: Limits | None = None, size: Size | None = None
+) -> Tensor:
     """uint8, or float32 in 0..255, [channels, H, W]; see `to_sample`."""
     if isinstance(image, str | Path):
-        return read_image(Path(image), channels, limits=limits)
+        return read_image(Path(image), channels, size, limits)
     if not isinstance(image, np.ndarray | Tensor):
         image = _pil_pixels(image, channels)
     if isinstance(image, np.ndarray):

@@ -87,15 +87,24 @@ class Predictor:
 
         Raises:
             DataError: a file is missing or broken.
-            ValueError: an array or a tensor of another type or shape.
+            ValueError: an array or a tensor of another type or shape, or a batch size below 1.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size: {batch_size} must be at least 1")
         if not isinstance(images, list | tuple):
             return self.answer([self.sample(images)])[0]
         answers = []
         for start in range(0, len(images), batch_size):
-            chunk = images[start : start + batch_size]
-            answers += self.answer([self.sample(image) for image in chunk])
+            places = range(start, min(start + batch_size, len(images)))
+            answers += self.answer([self._sample_of(images, place) for place in places])
         return answers
+
+    def _sample_of(self, images: Images, place: int) -> Sample:
+        try:
+            return self.sample(images[place])
+        except ValueError as error:
+            message = str(error).replace("image:", f"images[{place}]:", 1)
+            raise ValueError(message) from None
 
     def sample(self, image: Image) -> Sample:
         """The image as the model takes it, before batching."""

@@ -52,9 +52,9 @@ def score(
             known = ", ".join(kinds)
             raise ValueError(f"{name}: is for --kind {known}, not for {kind}; leave it out")
     numbers = SCORERS[kind](truth, predictions, **options)
-    print(table(numbers))
-    if json_path is not None:
+    if json_path is not None:  # first: a reader like `head` may end the printing
         checkpoint.write_text(json_path, to_json(numbers))
+    print(table(numbers))
     return numbers
 
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from vitdense import config as configs
 from vitdense.config import Config
 from vitdense.data.base import DataError, Dataset
+from vitdense.data.images import image_size, is_turned
 from vitdense.engine import build, checkpoint, runtime
 from vitdense.engine.checkpoint import CheckpointError, Meta
 from vitdense.engine.evaluate import check_inference
@@ -23,7 +24,7 @@ from vitdense.inference.inputs import to_sample
 from vitdense.inference.outputs import make_writers
 from vitdense.inference.predictor import Predictor
 from vitdense.inference.report import table, to_json
-from vitdense.structures import Batch, Prediction, Sample
+from vitdense.structures import Batch, Prediction, Sample, Size
 
 READERS = 8
 """Threads that decode images; a chunk of at least as many is read at a time."""
@@ -56,23 +57,24 @@ def predict(
     Raises:
         CheckpointError: there is no model at `model_path`.
         DataError: there are no images; or, when all others are done, some could not be read.
-        ValueError: a threshold, batch size or device that cannot be.
+        ValueError: a threshold, batch size or device that cannot be, or an `out` above the images.
     """
     _check_options(threshold, batch_size)
     if not inputs:
         raise ValueError("images: none are given; name files, folders or patterns")
     files = find_images(inputs)
     predictor = Predictor.load(Path(model_path), device, overrides)
-    folder = _make_folder(Path(out))
+    folder = _make_folder(Path(out), files)
     writers = make_writers(predictor, folder)
     faults: list[str] = []
+    turned: list[Path] = []
     with tqdm(total=len(files), unit="image", disable=None, bar_format=BAR) as bar:
 
         def advance(images: float) -> None:
             bar.update(min(images, len(files) - bar.n))  # a sum of parts may come out above
 
         for found in _in_chunks(files, max(batch_size, READERS)):
-            samples = list(_read(found, predictor, faults))
+            samples = list(_read(found, predictor, faults, turned))
             for start in range(0, len(samples), batch_size):
                 part = samples[start : start + batch_size]
                 prepared = [predictor.policy.evaluate(sample) for _, sample in part]
@@ -85,10 +87,7 @@ def predict(
     done = len(files) - len(faults)
     places = ", ".join(str(writer.close()) for writer in writers)
     print(f"{done} image{'s' if done != 1 else ''}: {folder}, {places}", file=sys.stderr)
-    if faults:
-        more = f"\n... and {len(faults) - 5} more" if len(faults) > 5 else ""
-        listed = "\n".join(faults[:5]) + more
-        raise DataError(f"{len(faults)} of {len(files)} images were left out:\n{listed}")
+    _tell_of(turned, faults, len(files))
 
 
 def evaluate(
@@ -141,11 +140,11 @@ def evaluate(
         numbers = measure(model, loader, metric, place.device, precision, watch, config.inference)
     if place.is_main:
         seconds = time.perf_counter() - start
+        if json_path is not None:  # first: a reader like `head` may end the printing
+            checkpoint.write_text(Path(json_path), to_json(numbers))
         print(f"{path} on {source.root}, split '{source.val}': {len(dataset)} images, "
               f"{len(dataset) / seconds:.1f} a second")  # fmt: skip
         print(table(numbers))
-        if json_path is not None:
-            checkpoint.write_text(Path(json_path), to_json(numbers))
     return numbers
 
 
@@ -156,9 +155,13 @@ def _check_options(threshold: float, batch_size: int) -> None:
         raise ValueError(f"batch_size: {batch_size} must be at least 1")
 
 
-def _make_folder(out: Path) -> Path:
+def _make_folder(out: Path, files: list[ImageFile]) -> Path:
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: {out} is a file; give a folder")
+    for file in files:
+        # Pictures could take the place of the images, and label maps that of the truth.
+        if file.path.resolve().is_relative_to(out.resolve()):
+            raise ValueError(f"out: {out} holds {file.path}, an image to predict; name another")
     out.mkdir(parents=True, exist_ok=True)
     return out
 
@@ -169,13 +172,19 @@ def _in_chunks(files: list[ImageFile], size: int) -> Iterator[list[ImageFile]]:
 
 
 def _read(
-    files: list[ImageFile], predictor: Predictor, faults: list[str]
+    files: list[ImageFile], predictor: Predictor, faults: list[str], turned: list[Path]
 ) -> Iterator[tuple[ImageFile, Sample]]:
-    """Decode files side by side; those that cannot be are noted in `faults`."""
+    """Decode files side by side; those that cannot be are noted in `faults`.
+
+    Photos that stay as they are stored, though not as they are to be seen, are noted in `turned`.
+    """
 
     def read(file: ImageFile) -> Sample | DataError:
         try:
-            return to_sample(file.path, predictor.model.in_chans, limits=predictor.range)
+            size = _turned_size(file)
+            if size is None and is_turned(file.path):
+                turned.append(file.path)
+            return to_sample(file.path, predictor.model.in_chans, 0, predictor.range, size)
         except DataError as error:
             return error
 
@@ -185,6 +194,27 @@ def _read(
                 faults.append(str(sample))
             else:
                 yield file, sample
+
+
+def _tell_of(turned: list[Path], faults: list[str], images: int) -> None:
+    """Print what may be wrong with the answers; raises DataError for images without one."""
+    if turned:
+        print(
+            f"{len(turned)} of them are photos taken as they are stored, though the camera was "
+            f"held otherwise, as {min(turned)}: turn them first if the model knows upright ones",
+            file=sys.stderr,
+        )
+    if faults:
+        more = f"\n... and {len(faults) - 5} more" if len(faults) > 5 else ""
+        listed = "\n".join(faults[:5]) + more
+        raise DataError(f"{len(faults)} of {images} images were left out:\n{listed}")
+
+
+def _turned_size(file: ImageFile) -> Size | None:
+    """The size by a COCO file of a photo stored on its side, which training turned too."""
+    if file.size is None or file.size[0] == file.size[1]:
+        return None
+    return file.size if image_size(file.path) == file.size[::-1] else None
 
 
 def _save_overlay(

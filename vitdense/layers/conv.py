@@ -1,4 +1,4 @@
-"""Convolutions with a norm, which become one convolution where nothing is trained."""
+"""Convolutions with norms, which run as one convolution in evaluation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vitdense.layers.norm import Norm, make_norm
 
 
 class Conv(nn.Conv2d):
-    """A convolution; 1x1 ones run on a CPU as `vitdense.layers.linear` says."""
+    """A convolution; on a CPU 1x1 ones are run by oneDNN, as `vitdense.layers.linear` says."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         pointwise = self.kernel_size == (1, 1) and onednn_is_faster(input)
@@ -21,8 +21,8 @@ class Conv(nn.Conv2d):
 class ConvNorm(nn.Module):
     """Convolution without bias, norm, and SiLU if `active`; the size is divided by the stride.
 
-    Batch norm is a scale and a shift per channel in evaluation: both are folded into the weights
-    on each call, which costs next to nothing beside the convolution and needs no second model.
+    In evaluation batch norm is a scale and a shift per channel. They are folded into the weights on
+    each call, which costs little beside the convolution, and needs no second, "deployed" model.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class ConvNorm(nn.Module):
         return F.silu(x) if self.active else x
 
     def folded(self) -> tuple[Tensor, Tensor]:
-        """Weights and bias of the convolution that equals convolution and batch norm."""
+        """Weights and bias of the one convolution that equals convolution and batch norm."""
         norm: nn.BatchNorm2d = self.norm  # type: ignore[assignment]
         assert norm.running_mean is not None and norm.running_var is not None
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
@@ -78,5 +78,5 @@ class RepBlock(nn.Module):
 
 
 def foldable(norm: nn.Module) -> bool:
-    """Whether a norm is a fixed scale and shift for now: batch norm in evaluation."""
+    """Whether a norm is a fixed scale and shift: batch norm in evaluation."""
     return isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) and not norm.training

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitdense.layers.attention import check_heads
 from vitdense.layers.linear import Linear
 from vitdense.structures import Size
 
@@ -18,9 +19,9 @@ def deformable_sampling(
 ) -> Tensor:
     """Weighted sums of bilinear samples from several maps.
 
-    Points are rows of the sampling grid and each level is summed as it comes: this needs neither
-    the samples of all levels side by side nor a sum over a short last axis, which takes half of
-    the time on CPU.
+    Each level is sampled and added to the sum at once, with the points along the rows of the
+    sampling grid. Joining the samples of all levels, to sum over their short last axis, would take
+    twice the time on CPU.
 
     Args:
         values: float [B, S, heads, width], the cells of all maps one after the other.
@@ -53,11 +54,11 @@ class DeformableAttention(nn.Module):
         heads: of attention.
         levels: how many maps there are.
         points: sampled by each head on each map: one number for all, or one for each.
-        reach: how far the offset 1 goes, in widths and heights of a reference box over the points.
-        project: whether cells and sums pass through matrices, as usual.
+        reach: for reference boxes, an offset of 1 is `reach / points` of the box's width or height.
+        project: whether there are linear layers before and after the sampling, as usual.
 
     Raises:
-        ValueError: if the width is no multiple of the heads, or the points are not one per level.
+        ValueError: the width is no multiple of the heads, or points are not one per level.
     """
 
     def __init__(
@@ -70,12 +71,10 @@ class DeformableAttention(nn.Module):
         project: bool = True,
     ) -> None:
         super().__init__()
-        if width % heads:
-            raise ValueError(f"heads: {heads} does not divide the width {width}")
+        self.heads, self.reach = check_heads(width, heads), reach
         self.points = [points] * levels if isinstance(points, int) else list(points)
         if len(self.points) != levels:
             raise ValueError(f"points: {self.points} must be one number or {levels}, one per level")
-        self.heads, self.reach = heads, reach
         total = sum(self.points)
         self.offsets = Linear(width, heads * total * 2)
         self.weights = Linear(width, heads * total)
@@ -84,7 +83,7 @@ class DeformableAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Heads start in directions around the circle, point k at k cells, with equal weights."""
+        """Each head looks in a direction of its own, point k at k cells; all weights are equal."""
         angles = torch.arange(self.heads) * (2 * math.pi / self.heads)
         directions = torch.stack((angles.cos(), angles.sin()), -1)
         directions = directions / directions.abs().amax(-1, keepdim=True)
@@ -105,8 +104,8 @@ class DeformableAttention(nn.Module):
 
         Args:
             queries: float [B, Q, width], content plus position.
-            references: float [B or 1, Q, 2 or 4] in 0..1 of the canvas: points (x, y), offsets in
-                cells of each map; or boxes (cx, cy, w, h), offsets in boxes as `reach` says.
+            references: float [B or 1, Q, 2 or 4] in 0..1 of the canvas: points (x, y), from which
+                offsets count in cells of each map, or boxes (cx, cy, w, h), see `reach`.
             memory: float [B, S, width], the cells of all maps.
             shapes: (height, width) of each map.
 
@@ -129,8 +128,9 @@ class DeformableAttention(nn.Module):
         return self.output(sampled.to(queries.dtype))
 
     def _units(self, shapes: list[Size], references: Tensor) -> Tensor:
-        """[P, 2] what an offset of 1 means for each point, copied without waiting for the device:
-        a cell of its map beside reference points, a share of the reference box otherwise.
+        """float [P, 2]: how far an offset of 1 moves each point, in x and y.
+
+        From reference points one cell of its map, in 0..1; from boxes a share of the box.
         """
         if references.shape[-1] == 2:
             each = [(1 / width, 1 / height) for height, width in shapes]
@@ -138,4 +138,5 @@ class DeformableAttention(nn.Module):
             each = [(self.reach / count, self.reach / count) for count in self.points]
         units = [unit for unit, count in zip(each, self.points, strict=True) for _ in range(count)]
         tensor = torch.tensor(units, dtype=references.dtype)
+        # made on a GPU, it would make the host wait
         return tensor.to(references.device, non_blocking=True)

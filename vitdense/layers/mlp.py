@@ -1,4 +1,4 @@
-"""Feed-forward parts."""
+"""Multi-layer perceptrons."""
 
 from __future__ import annotations
 
@@ -29,8 +29,21 @@ class MLP(nn.Module):
         return self.layers[-1](x)
 
 
+def start_at_zero(mlp: MLP) -> MLP:
+    """The MLP, whose output is zero at first."""
+    nn.init.zeros_(mlp.layers[-1].weight)  # type: ignore[arg-type]
+    nn.init.zeros_(mlp.layers[-1].bias)  # type: ignore[arg-type]
+    return mlp
+
+
 class FeedForward(nn.Module):
-    """The second half of a transformer layer: two linear layers, residual, then norm."""
+    """The second half of a transformer layer: two linear layers, residual, then norm.
+
+    Args:
+        hidden: width between the two.
+        dropout: before and after the second.
+        activation: a function, or a module that learns.
+    """
 
     def __init__(
         self,
@@ -39,7 +52,6 @@ class FeedForward(nn.Module):
         dropout: float,
         activation: Callable[[Tensor], Tensor] = F.relu,
     ) -> None:
-        """`activation` may be a module that learns."""
         super().__init__()
         self.activation = activation
         self.expand = Linear(width, hidden)

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from vitdense.ops.processes import world_size
 
 Norm = Literal["auto", "batch", "sync", "group", "layer"]
-"""`auto` is batch norm, synchronised where several GPUs train; see `make_norm`."""
+"""See `make_norm`."""
 
 
 def make_norm(kind: Norm, channels: int) -> nn.Module:
     """A norm for maps [B, channels, H, W] that also trains on one image pooled to one pixel.
 
-    `batch` and `sync` normalise such a map as in evaluation; `group` has groups of at least 8
-    channels, at most 32 of them (arXiv 1803.08494); `layer` is over the channels of each pixel.
+    - `auto`: `sync` where several GPUs train, else `batch`.
+    - `batch`, `sync`: batch norm; a map of one value per channel is normalised as in evaluation.
+    - `group`: at most 32 groups of at least 8 channels (arXiv 1803.08494).
+    - `layer`: over the channels of each pixel.
     """
     if kind == "auto":
-        kind = "sync" if torch.cuda.is_available() and _world_size() > 1 else "batch"
+        kind = "sync" if world_size() > 1 and "nccl" in dist.get_backend() else "batch"
     if kind == "batch":
         return BatchNorm(channels)
     if kind == "sync":
@@ -35,32 +40,24 @@ def make_norm(kind: Norm, channels: int) -> nn.Module:
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm that leaves a single value per channel to the running statistics."""
+    """Batch norm that normalises a single value per channel by its running statistics."""
 
     def forward(self, input: Tensor) -> Tensor:
         """float [B, C, H, W] -> the same."""
-        if self.training and input.numel() == self.num_features:
-            return _normalize_as_in_evaluation(self, input)
-        return super().forward(input)
+        return _normalize(self, input)
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
-    """The same over all processes, which together have more values."""
+    """The same, synchronised: several processes together have more than one value."""
 
     def forward(self, input: Tensor) -> Tensor:
         """float [B, C, H, W] -> the same."""
-        if self.training and input.numel() == self.num_features and _world_size() == 1:
-            return _normalize_as_in_evaluation(self, input)
-        return super().forward(input)
+        return super().forward(input) if world_size() > 1 else _normalize(self, input)
 
 
-def _normalize_as_in_evaluation(norm: nn.BatchNorm2d | nn.SyncBatchNorm, maps: Tensor) -> Tensor:
-    return F.batch_norm(
-        maps, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
-    )
-
-
-def _world_size() -> int:
-    distributed = torch.distributed
-    ready = distributed.is_available() and distributed.is_initialized()
-    return distributed.get_world_size() if ready else 1
+def _normalize(norm: _BatchNorm, maps: Tensor) -> Tensor:
+    """Batch norm of this process; a single value per channel is normalised as in evaluation."""
+    if norm.training and maps.numel() == norm.num_features:
+        statistics = norm.running_mean, norm.running_var
+        return F.batch_norm(maps, *statistics, norm.weight, norm.bias, eps=norm.eps)
+    return _BatchNorm.forward(norm, maps)

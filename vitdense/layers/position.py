@@ -38,7 +38,7 @@ def sine_position(
         features: a multiple of 4.
         offset: added to the positions 1..n before they are divided by n: 0 in DETR, -0.5 (the
             centres of the cells) in Deformable DETR.
-        like: gives the device and the type.
+        like: a tensor of the device and the dtype that are wanted.
         temperature: by how much the frequencies fall; 20 in DAB-DETR and DINO.
 
     Returns:
@@ -47,7 +47,7 @@ def sine_position(
 
     def axis(size: int) -> Tensor:
         steps = torch.arange(1, size + 1, device=like.device, dtype=like.dtype)
-        # the 1e-6 is in the original and in the public weights
+        # 1e-6 as in DETR's code, with which the public weights were trained
         angles = (steps + offset) / (size + 1e-6) * (2 * math.pi)
         return sine_embedding(angles, features // 2, temperature)
 
@@ -57,5 +57,5 @@ def sine_position(
 
 
 def box_embedding(boxes: Tensor, features: int) -> Tensor:
-    """Embed boxes [..., 4], each coordinate in 0..1, to [..., 4 * features], in the order given."""
+    """Embed each coordinate of boxes [..., 4] in 0..1, in the order given: [..., 4 * features]."""
     return sine_embedding(boxes * (2 * math.pi), features).flatten(-2)

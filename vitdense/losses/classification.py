@@ -1,9 +1,9 @@
-"""Class losses of set predictors, each with the cost by which it matches.
+"""Class losses of set predictors, each with its cost in matching.
 
-Both halves live together because a head that matches by one and trains by another learns to rank
-queries that it is never trained on. All tensors carry the predictions' layers first:
-logits [L, B, Q, C], matches [L, B, T] (the query of each truth, -1 for none), labels [B, T], and
-overlaps [L, B, T] (IoU of each truth and its query, without a gradient).
+Both are in one class because a head that matches by one and trains by another ranks queries in a
+way that it is never trained for. Shapes, for L layers, B images, Q queries, C classes, T truths:
+logits float [L, B, Q, C]; matches int64 [L, B, T], the query of each truth, -1 for none; labels
+int64 [B, T]; overlaps float [L, B, T], the IoU of each truth and its query, without a gradient.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class ClassLoss(Protocol):
 
         Args:
             normalizer: truths of the mean batch of the step, a scalar.
-            number: truths of an image, for what else is to be counted in all batches of the step.
+            number: how many truths an image has, to count those of the step's other batches.
         """
         ...
 
 
 @dataclass(frozen=True)
 class QueryWeight:
-    """The weight of an image's queries: those that have a truth, and those that have none."""
+    """Sum of the weights of an image's queries: `found` for each with a truth, else `others`."""
 
     number: Callable[[Target], int]
     queries: int
@@ -62,8 +62,8 @@ class QueryWeight:
 class SoftmaxLoss:
     """Cross-entropy over the classes and, last, "no object" (Carion et al. 2020, DETR).
 
-    The mean over the queries is weighted, "no object" by `background`; it is not divided by the
-    number of truths.
+    The mean over all queries, weighted: "no object" counts `background`, a class counts 1. It is
+    not divided by the number of truths.
     """
 
     def __init__(self, background: float = 0.1) -> None:
@@ -94,14 +94,14 @@ class SoftmaxLoss:
 
 
 class SigmoidLoss:
-    """What losses on independent classes share: a sum divided by the number of truths.
+    """Base of losses on independent classes: a sum divided by the number of truths.
 
-    Almost every entry is a negative: all are summed as such without a target tensor, then the
-    few matched ones are exchanged. Queries are matched by the focal cost (alpha 0.25, gamma 2),
+    Almost all entries are negatives, so all are summed as negatives, without a target tensor, and
+    the few matched ones are corrected. Queries are matched by the focal cost (alpha 0.25, gamma 2),
     whichever loss trains them.
 
     Args:
-        alpha: weight, whose meaning the loss defines.
+        alpha: a weight; each loss says of what.
         gamma: exponent by which easy negatives count less.
     """
 
@@ -110,7 +110,7 @@ class SigmoidLoss:
         self.gamma = gamma
 
     def cost(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """What the focal loss changes if the query is given the truth's class."""
+        """Focal loss of the truth's class as a positive minus that as a negative."""
         chosen = pick_labels(logits, labels)
         return _focal(chosen, 0.25, 2.0) - _focal(-chosen, 0.75, 2.0)
 
@@ -123,7 +123,7 @@ class SigmoidLoss:
         normalizer: Tensor,
         number: Callable[[Target], int] = objects,
     ) -> Tensor:
-        """Sum over queries and classes over the number of truths, float [L]."""
+        """Sum over queries and classes, divided by the number of truths, float [L]."""
         entries = matches.clamp(min=0) * logits.shape[-1] + labels
         chosen = logits.flatten(2).gather(2, entries)
         exchange = (self.positive(chosen, overlaps) - self.negative(chosen)) * (matches >= 0)
@@ -139,13 +139,13 @@ class SigmoidLoss:
 
 
 class FocalLoss(SigmoidLoss):
-    """Sigmoid focal loss (Lin et al. 2017): blind to how well the box fits."""
+    """Sigmoid focal loss (Lin et al. 2017); it does not look at overlaps."""
 
     def __init__(self, alpha: float = 0.25, gamma: float = 2.0) -> None:
         super().__init__(alpha, gamma)
 
     def cost(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """What the loss changes if the query is given the truth's class."""
+        """Loss of the truth's class as a positive minus that as a negative."""
         chosen = pick_labels(logits, labels)
         return self.positive(chosen, chosen) - self.negative(chosen)
 
@@ -157,7 +157,7 @@ class FocalLoss(SigmoidLoss):
 
 
 class VarifocalLoss(SigmoidLoss):
-    """The score of a match is to be its IoU, which also weighs it (Zhang et al. 2021)."""
+    """Varifocal loss (Zhang et al. 2021): a match's target is its IoU, which also weighs it."""
 
     def __init__(self, alpha: float = 0.75, gamma: float = 2.0) -> None:
         super().__init__(alpha, gamma)
@@ -170,10 +170,10 @@ class VarifocalLoss(SigmoidLoss):
         return self.alpha * logits.detach().sigmoid() ** self.gamma * F.softplus(logits)
 
 
-class MatchabilityLoss(SigmoidLoss):
-    """Varifocal without its weight on matches of little overlap (Huang et al. 2025, DEIM).
+class MatchabilityLoss(VarifocalLoss):
+    """DEIM's loss (Huang et al. 2025): as varifocal, but matches of little overlap count fully.
 
-    A match's target is IoU ** gamma, and it counts fully however badly its box fits yet.
+    The target of a match is IoU ** gamma.
     """
 
     def __init__(self, alpha: float = 1.0, gamma: float = 1.5) -> None:
@@ -182,12 +182,9 @@ class MatchabilityLoss(SigmoidLoss):
     def positive(self, logits: Tensor, overlaps: Tensor) -> Tensor:
         return _cross_entropy(logits, overlaps**self.gamma)
 
-    def negative(self, logits: Tensor) -> Tensor:
-        return self.alpha * logits.detach().sigmoid() ** self.gamma * F.softplus(logits)
-
 
 class IoUAwareLoss(SigmoidLoss):
-    """The score of a match is to be p ** alpha * IoU ** (1 - alpha) (Chen et al. 2024, LW-DETR)."""
+    """LW-DETR's loss (Chen et al. 2024): the target is p ** alpha * IoU ** (1 - alpha)."""
 
     def __init__(self, alpha: float = 0.25, gamma: float = 2.0) -> None:
         super().__init__(alpha, gamma)
@@ -208,7 +205,7 @@ CLASS_LOSSES: dict[str, Callable[[], SigmoidLoss]] = {
     "matchability": MatchabilityLoss,
     "iou_aware": IoUAwareLoss,
 }
-"""The losses that heads with sigmoid scores offer, by the name of their option."""
+"""The values of the option `class_loss`."""
 
 
 def _focal(logits: Tensor, weight: float, gamma: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Losses of semantic maps and sums of them; those of overlaps are segmentation_models_pytorch's."""
+"""Losses of semantic maps, summed; those of overlaps are segmentation_models_pytorch's."""
 
 from __future__ import annotations
 
@@ -6,16 +6,11 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitdense.losses.divisors import divisor
-from vitdense.losses.pixels import (
-    balance,
-    boundary,
-    cross_entropy,
-    hard_cross_entropy,
-    pixel_weight,
-)
+from vitdense.losses.pixels import balance, boundary, hard_cross_entropy, pixel_weight
 from vitdense.registry import suggest
 from vitdense.structures import IGNORE, Target
 
@@ -47,10 +42,10 @@ class DenseLoss(nn.Module):
         label_smoothing: 0..1, for the cross entropy.
 
     Attributes:
-        balanced: how class weights follow from the data, None if they are given.
+        balanced: `inverse` or `median` if class weights are computed from the data, else None.
 
     Raises:
-        ValueError: a name is unknown, or an option fits neither the classes nor the losses.
+        ValueError: a name is unknown, class weights are not one per class, or no loss takes them.
     """
 
     class_weights: Tensor | None
@@ -91,6 +86,8 @@ class DenseLoss(nn.Module):
             raise ValueError(
                 f"class_weights: has {len(class_weights)} numbers, the data {num_classes} classes"
             )
+        if isinstance(class_weights, list) and not any(class_weights):
+            raise ValueError("class_weights: all are 0, so that nothing would be learnt")
         for option, value, users in (
             ("class_weights", class_weights, ENTROPIES),
             ("label_smoothing", self.label_smoothing, ENTROPIES[:1]),
@@ -113,10 +110,7 @@ class DenseLoss(nn.Module):
 
     def _term(self, name: str, logits: Tensor, labels: Tensor) -> Tensor:
         if name == "cross_entropy":
-            weights, smoothing = self.class_weights, self.label_smoothing
-            here = pixel_weight(labels, weights)
-            total = divisor(here, self._weight, logits)
-            return cross_entropy(logits, labels, weights, smoothing, total)
+            return self._cross_entropy(logits, labels)
         if name == "ohem":
             return hard_cross_entropy(logits, labels, self.class_weights)
         if name == "boundary":
@@ -129,6 +123,17 @@ class DenseLoss(nn.Module):
         if not pixels:
             return logits.sum() * 0
         return scale * self.overlaps[name](logits, labels)
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        total = F.cross_entropy(
+            logits,
+            labels,
+            None if self.class_weights is None else self.class_weights.to(logits.dtype),
+            ignore_index=IGNORE,
+            reduction="sum",
+            label_smoothing=self.label_smoothing,
+        )
+        return total / divisor(pixel_weight(labels, self.class_weights), self._weight, logits)
 
     def _weight(self, target: Target) -> Tensor:
         """Of an image's pixels in the cross entropy."""

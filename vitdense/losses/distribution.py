@@ -13,20 +13,22 @@ from vitdense.losses.set_criterion import Queries, SetCriterion
 from vitdense.ops.boxes import cxcywh_to_xyxy, overlaps
 
 TEMPERATURE = 5.0
-"""Softens the distributions that layers learn from the last one."""
+"""Of the softmax in distillation: earlier layers learn softened distributions of the last."""
 
 
 class DistributionCriterion(SetCriterion):
     """The set criterion with two terms for queries whose `details` hold distributions.
 
-    `edges` float [L, B, Q, 4, N + 1] are logits over bins for left, top, right and bottom, and
-    `origins` float [L, B, Q, 4] the boxes (cxcywh) that they move. The first layer has none yet.
-    `fgl` (fine-grained localization) makes the bins on both sides of the true distance likely;
-    `ddf` (decoupled distillation) makes all layers agree with the last.
+    The details are `edges`, float [L, B, Q, 4, N + 1], logits over bins for left, top, right and
+    bottom, and `origins`, float [L, B, Q, 4], the boxes (cxcywh) that the edges move. The first of
+    the L predictions is the box before it is refined; its edges do not count.
+
+    - `fgl` (fine-grained localization): the two bins around the true distance are to be likely.
+    - `ddf` (decoupled distillation focal): all layers are to agree with the last one.
 
     Args:
-        distances: of the bins, in the unit of `edge_distances`, rising.
-        scale: of that unit.
+        distances: of the bins, rising, as `edge_distances` gives them.
+        scale: see `edge_distances`.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class DistributionCriterion(SetCriterion):
     def terms(
         self, queries: Queries, truths: Truths, matches: Tensor, normalizer: Tensor
     ) -> dict[str, Tensor]:
-        """Those of the set criterion, and `fgl` and `ddf` where there are distributions."""
+        """The terms of the set criterion; `fgl` and `ddf` too for queries with distributions."""
         terms = super().terms(queries, truths, matches, normalizer)
         if not queries.details:
             return terms
@@ -58,7 +60,7 @@ class DistributionCriterion(SetCriterion):
         boxes = full_precision(queries.boxes).detach()
         iou, _ = overlaps(cxcywh_to_xyxy(pick(boxes, index)), truth)
         quality = iou * found
-        # the predictions of the first layer, for each group, have no distributions
+        # the first layer, one row for each group, is the box before it is refined
         later = (torch.arange(len(edges), device=edges.device) >= queries.groups).to(edges.dtype)
         targets = edge_distances(pick(origins, index), truth, self.scale)
         bins = torch.tensor(self.distances, dtype=edges.dtype).to(edges.device, non_blocking=True)
@@ -75,13 +77,15 @@ def pick(values: Tensor, index: Tensor) -> Tensor:
 
 
 def edge_distances(origins: Tensor, boxes: Tensor, scale: float) -> Tensor:
-    """How far edges lie outside of those of the origins, in widths and heights over `scale`.
+    """How far the edges of `boxes` lie outside of those of `origins`.
 
     Args:
-        origins: float [..., 4], cxcywh; boxes: float [..., 4], xyxy.
+        origins: float [..., 4], cxcywh.
+        boxes: float [..., 4], xyxy.
+        scale: the unit is the width or height of the origin divided by this.
 
     Returns:
-        float [..., 4] for left, top, right and bottom.
+        float [..., 4] for left, top, right and bottom, negative inside.
     """
     centre, size = origins.chunk(2, -1)
     unit = size.clamp(min=1e-16) / scale
@@ -96,7 +100,7 @@ def between_bins(logits: Tensor, targets: Tensor, bins: Tensor) -> Tensor:
         logits: float [..., N + 1]; targets: float [...]; bins: float [N + 1], rising.
 
     Returns:
-        float [...]; targets beyond all bins belong to the last of them.
+        float [...]; targets beyond the outermost bins count as on them.
     """
     below = (torch.bucketize(targets, bins, right=True) - 1).clamp(0, len(bins) - 2)
     low, high = bins[below], bins[below + 1]
@@ -109,15 +113,16 @@ def between_bins(logits: Tensor, targets: Tensor, bins: Tensor) -> Tensor:
 def distillation(
     edges: Tensor, logits: Tensor, index: Tensor, found: Tensor, quality: Tensor, groups: int
 ) -> Tensor:
-    """Divergence of every layer's distributions from the last one's, float [L].
+    """Divergence of every layer's distributions from those of the last layer, float [L].
 
-    Matched queries count by their IoU, the others by the last layer's score; the means over both
-    kinds are weighed by the roots of their numbers.
+    Each query is weighed: a matched one by its IoU, another by its score in the last layer. The
+    means over matched and over other queries are weighed by the square roots of their numbers.
 
     Args:
-        edges: float [L, B, Q, 4, N + 1]; logits: float [L, B, Q, C].
-        index, found, quality: query, whether there is one, and IoU of each truth, [L, B, T].
-        groups: so many rows of L in a row are one layer.
+        edges: float [L, B, Q, 4, N + 1], logits over bins.
+        logits: float [L, B, Q, C], of classes.
+        index, found, quality: [L, B, T], the query of each truth, whether it has one, their IoU.
+        groups: G, each layer is G rows of L, one for each group of queries.
     """
     teacher, scores = (
         x.detach()[-groups:].repeat(len(x) // groups, *[1] * (x.ndim - 1)) for x in (edges, logits)
@@ -136,7 +141,7 @@ def distillation(
     share = torch.zeros_like(total)
     queries = edges.shape[2]
     for kind, share_of in ((matched, (1.0, 0.0)), (1 - matched, (0.0, 1.0))):
-        here = kind[0].sum()  # in every layer as many
+        here = kind[0].sum()  # the same in every layer
         count = mean_count(here, QueryWeight(objects, queries, *share_of), losses)
         total = total + (losses * kind).sum((1, 2)) / count.where(count > 0, 1).sqrt()
         share = share + count.sqrt()

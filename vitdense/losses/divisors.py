@@ -1,8 +1,8 @@
-"""What sums are divided by where a step learns from several batches: accumulated, or of processes.
+"""Divisors of losses where a step has several batches: accumulated ones, or those of processes.
 
-The mean over the pixels or objects of each batch, averaged over batches, is not the mean over all
-pixels or objects: one in an emptier batch weighs more. So a loss that is a mean divides its sum by
-what the *mean* batch of the step holds; the mean of such losses is that of one large batch.
+A loss is a mean over pixels or objects. The average of such means over batches is not the mean over
+all of their pixels: those in an emptier batch weigh more. So each batch's sum is divided by what
+the *mean* batch of the step holds; then the average of the losses is the loss of one large batch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vitdense.ops.processes import world_size
 from vitdense.structures import Target
 
 Count = Callable[[Target], float | Tensor]
@@ -24,22 +25,21 @@ Count = Callable[[Target], float | Tensor]
 
 @dataclass(slots=True)
 class _Step:
-    """The batches of a step, and what was counted in them, by what counts it."""
+    """The targets of a step's batches, and the counts in them by the function that counted."""
 
     batches: list[list[Target]]
     known: dict[Count, Tensor] = field(default_factory=dict)
 
 
 _step: ContextVar[_Step | None] = ContextVar("step", default=None)
-_alone: ContextVar[bool] = ContextVar("alone", default=False)
 
 
 @contextmanager
 def one_step(batches: list[list[Target]]) -> Iterator[None]:
-    """Inside, the losses of these batches are computed one after the other, to be averaged.
+    """Within, the losses of these batches are computed one after the other, to be averaged.
 
     Args:
-        batches: targets, best on the host, where counting waits for no device.
+        batches: targets of this process, best on the host, where counting waits for no device.
     """
     token = _step.set(_Step(batches) if len(batches) > 1 else None)
     try:
@@ -48,30 +48,22 @@ def one_step(batches: list[list[Target]]) -> Iterator[None]:
         _step.reset(token)
 
 
-@contextmanager
-def alone() -> Iterator[None]:
-    """Inside, a process computes losses of its own, while others do not."""
-    token = _alone.set(True)
-    try:
-        yield
-    finally:
-        _alone.reset(token)
-
-
 def divisor(here: float | Tensor, count: Count, like: Tensor) -> Tensor:
-    """`mean_count`, and where no batch holds anything what it would be if there were one."""
+    """`mean_count`, but never 0: where no batch holds anything, as if one of them held 1."""
     mean = mean_count(here, count, like)
     return mean.where(mean > 0, 1 / _batches())
 
 
 def mean_count(here: float | Tensor, count: Count, like: Tensor) -> Tensor:
-    """What the mean batch of the step holds, over all processes, which must call this in step.
+    """What a batch of the step holds on average, over all processes.
+
+    All processes must call this equally often and in the same order.
 
     Args:
-        here: what the batch at hand holds, the only one of this process unless in `one_step`.
-        count: the same for one image. It is asked once in a step for what equals it, as bound
-            methods of one object do.
-        like: gives the device, and the type if that is float64.
+        here: what the batch at hand holds; used unless `one_step` says that there are others.
+        count: what one image holds. The result is kept for the step and found again by equality,
+            which bound methods of one object have.
+        like: gives the device; the result has its dtype, but float32 at least.
 
     Returns:
         a scalar without a gradient.
@@ -92,7 +84,7 @@ def _over_processes(counts: list[float | Tensor], like: Tensor) -> Tensor:
     for each in counts:
         if isinstance(each, Tensor):
             total = total + each.detach().to(total, non_blocking=True)
-    if _processes() > 1:
+    if world_size() > 1:
         dist.all_reduce(total)
     return total / _batches()
 
@@ -100,12 +92,7 @@ def _over_processes(counts: list[float | Tensor], like: Tensor) -> Tensor:
 def _batches() -> int:
     """Of the step, in all processes."""
     step = _step.get()
-    return _processes() * (1 if step is None else len(step.batches))
-
-
-def _processes() -> int:
-    ready = dist.is_available() and dist.is_initialized() and not _alone.get()
-    return dist.get_world_size() if ready else 1
+    return world_size() * (1 if step is None else len(step.batches))
 
 
 def objects(target: Target) -> int:

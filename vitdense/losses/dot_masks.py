@@ -21,21 +21,21 @@ from vitdense.losses.points import (
 from vitdense.structures import Target
 
 CHUNK = 2**24
-"""Logits that are held at once, of an image's queries at points or of its matched maps: 64 MiB."""
+"""How many logits are held at once, at points or in maps: 64 MiB."""
 
 
 class DotMasks:
-    """The true masks of a batch beside the features that masks are predicted from.
+    """Compares the true masks of a batch with masks that queries and features of pixels predict.
 
-    Nothing here is as large as queries times pixels. Costs are taken at points that all queries of
-    an image share: features are sampled there first, then multiplied. Losses are of the maps of
-    matched queries alone, at points of each where it is most uncertain (Mask2Former, section 3.3);
-    where layers and groups match many, some are mapped at a time, and once more in the backward.
+    Nothing here is as large as queries times pixels. For costs the features are sampled at points
+    that all queries of an image share, and only then multiplied with embeddings. Losses are of the
+    maps of matched queries alone, at points where each is uncertain (Mask2Former, section 3.3);
+    where many are matched, some are mapped at a time, and mapped again in the backward pass.
 
     Args:
         pixels: float [B, M, h, w], features over the canvas.
-        targets: masks, bool [N, H, W] over the same canvas.
-        points: of each image, and of each matched mask; never more than there are features, h * w.
+        targets: with masks, bool [N, H, W] over the same canvas.
+        points: how many, in each image for costs, in each matched mask for losses; at most h * w.
         weight: of cross-entropy and of dice, in the loss and in matching. On COCO Mask DINO and
             RF-DETR weigh them by 5; from scratch on a small set 1 gave masks as good as 5 after as
             many steps, and better boxes (AP 0.49 in place of 0.22 after 426 steps on shapes).
@@ -98,7 +98,7 @@ class DotMasks:
             matches: int64 [L, B, T], the query of each truth, -1 for none.
         """
         embeddings = full_precision(embeddings)
-        # of nothing, but with a graph: every parameter has a gradient where there is no truth
+        # sums over nothing, so that every parameter has a gradient where there is no truth
         zero = embeddings[:, :, :0].sum((1, 2, 3)) + self.pixels[..., :0].sum()
         terms = {"mask": zero, "dice": zero}
         for i, masks in enumerate(self.masks):
@@ -116,7 +116,7 @@ class DotMasks:
         layers = max(1, CHUNK // (chosen.shape[1] * self.pixels[image, 0].numel()))
         if len(chosen) <= layers:
             return self._map_losses(image, chosen)
-        # maps and what is found at their points need not wait for the backward
+        # so that maps need not be kept for the backward pass
         parts = [
             checkpoint(self._map_losses, image, part, use_reentrant=False)
             for part in chosen.split(layers)
@@ -132,7 +132,7 @@ class DotMasks:
         return torch.stack(losses).view(2, *chosen.shape[:2])
 
     def _truth(self, image: int, layers: int, points: Tensor) -> Tensor:
-        """The masks of an image, over and over for the layers, at points [layers * N, P, 2]."""
+        """The masks of an image, repeated for each layer, at points [layers * N, P, 2]."""
         masks = self.masks[image]
         rows = torch.arange(len(masks), device=masks.device).repeat(layers)
         return sample_masks(masks, rows, points).to(self.pixels.dtype)

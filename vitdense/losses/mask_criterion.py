@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor
 
 from vitdense.losses.classification import SoftmaxLoss
@@ -25,19 +24,19 @@ from vitdense.structures import Target, Task
 
 
 class MaskCriterion:
-    """Cross-entropy of classes, and that and Dice of masks at points, with deep supervision
+    """Cross-entropy of classes; cross-entropy and Dice of masks at points; deep supervision
     (Cheng et al. 2022, Mask2Former, arXiv 2112.01527, section 3.3).
 
-    Queries are matched by what they are trained by: at uniform points that all layers share, and
-    trained where each matched mask is uncertain. All layers are matched in one trip to the host.
-    The last layer's terms carry plain names, the sum over earlier layers ends in `_aux`: the same
-    keys on every step and rank. Void pixels (see `MaskTruths`) count nowhere.
+    The terms are also the costs of matching. There masks are compared at uniform points that all
+    layers share; in the loss each matched mask is, at points where it is uncertain. All layers are
+    matched in one trip to the host. The last layer's terms have plain names, the sum over earlier
+    layers ends in `_aux`: the same keys on every step and rank. Void pixels (see `MaskTruths`)
+    count nowhere.
 
     Args:
         class_weight, mask_weight, dice_weight: of the terms, in matching too.
         background: weight of "no object" among the classes.
         points: at which each mask is looked at; never more than its map has cells.
-        oversample, importance: see `uncertain_points`.
     """
 
     def __init__(
@@ -47,13 +46,11 @@ class MaskCriterion:
         mask_weight: float = 5.0,
         dice_weight: float = 5.0,
         background: float = 0.1,
-        points: PositiveInt = 12544,
-        oversample: float = 3.0,
-        importance: float = 0.75,
+        points: int = 12544,
     ) -> None:
         self.class_loss = SoftmaxLoss(background)
         self.weights = {"class": class_weight, "mask": mask_weight, "dice": dice_weight}
-        self.points, self.oversample, self.importance = points, oversample, importance
+        self.points = points
 
     def __call__(
         self, logits: Tensor, masks: list[Tensor], targets: list[Target], task: Task
@@ -103,7 +100,7 @@ class MaskCriterion:
         """Unweighted terms of each layer, float [L], for given matches int64 [L, B, T].
 
         Args:
-            number: truths of an image.
+            number: how many truths an image has, to count those of the step's other batches.
         """
         normalizer = divisor(sum(truths.counts), number, logits)
         images, queries, rows = truths.pairs(matches, logits.shape[2])
@@ -123,7 +120,7 @@ class MaskCriterion:
         self, maps: Tensor, truths: MaskTruths, images: Tensor, rows: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Sums of cross-entropy and Dice of matched masks [M, h, w], where they are uncertain."""
-        points = uncertain_points(maps, self._count(maps), self.oversample, self.importance)
+        points = uncertain_points(maps, self._count(maps))
         truth, weight = truths.sample(images, rows, points)
         found = sample_maps(maps[:, None], points)[:, 0]
         return point_bce(found, truth, weight).sum(), point_dice(found, truth, weight).sum()

@@ -1,4 +1,4 @@
-"""The masks that a batch should get, and what they are at points."""
+"""The true masks of a batch, and their values at points."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class MaskTruths:
         return cls(padded, [len(each) for each in labels], torch.cat(masks), void)
 
     def pairs(self, matches: Tensor, queries: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What belongs together in every layer, without gaps and without asking the device.
+        """The matched pairs of every layer without the padding; the host waits for nothing.
 
         Args:
             matches: int64 [L, B, T], the query of each truth; -1 for padding, and for those that
@@ -85,7 +85,8 @@ class MaskTruths:
             queries: of each image.
 
         Returns:
-            the image int64 [M], and the query and the mask (of N) of each pair, int64 [L, M].
+            of M pairs the image, int64 [M], and in each layer the query and the index in `masks`,
+            int64 [L, M].
         """
         kept = [min(count, queries) for count in self.counts]
         starts = [sum(self.counts[:image]) for image in range(len(kept))]
@@ -99,7 +100,7 @@ class MaskTruths:
         return image, found, first + truth
 
     def sample_all(self, points: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Every truth at its image's points.
+        """All masks, each at the points of its image.
 
         Args:
             points: float [B, P, 2] in 0..1 of the canvas.
@@ -118,10 +119,10 @@ class MaskTruths:
         return _undiluted(truth, weight[:, None]), weight
 
     def sample(self, images: Tensor, rows: Tensor, points: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Some truths, each at its own points.
+        """Some masks, each at points of its own.
 
         Args:
-            images, rows: int64 [R], of masks.
+            images, rows: int64 [R], the image and the index in `masks` of each.
             points: float [R, P, 2] in 0..1 of the canvas.
 
         Returns:
@@ -147,5 +148,5 @@ def classes_shown(target: Target) -> int:
 
 
 def _undiluted(share: Tensor, weight: Tensor) -> Tensor:
-    """Share among the pixels that are judged: a mask does not fade towards void."""
+    """Values among the judged pixels alone, so that a mask does not fade towards void."""
     return (share / weight.clamp(min=1e-6)).clamp(max=1)

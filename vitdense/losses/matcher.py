@@ -15,11 +15,11 @@ from vitdense.ops.boxes import cxcywh_to_xyxy, generalized_iou, xyxy_to_relative
 from vitdense.structures import Size, Target
 
 FAULT = -1e6
-"""Replaces a cost that is not finite: the pair is matched first, so that the loss shows it."""
+"""Replaces a cost that is not finite: such a pair is matched first, so that the loss shows it."""
 
 
 class Counted(Protocol):
-    """What all truths have: labels int64 [B, T], and how many of the T are real in each image."""
+    """Padded truths: labels int64 [B, T], and how many of the T are real in each image."""
 
     labels: Tensor
     counts: list[int]
@@ -54,12 +54,12 @@ class Truths:
         )
 
     def agnostic(self) -> Self:
-        """The same boxes, all of class 0."""
+        """The same boxes, all labelled 0, for queries that do not tell classes apart."""
         return type(self)(torch.zeros_like(self.labels), self.boxes, self.counts)
 
 
 class HungarianMatcher:
-    """Costs of all pairs, and the assignment of least total cost for each image and layer.
+    """What it costs to match a query with a truth; `match` then finds the assignment.
 
     Args:
         class_loss: gives the class cost.
@@ -87,7 +87,7 @@ class HungarianMatcher:
 
         Args:
             logits: float [L, B, Q, C]; boxes: float [L, B, Q, 4], cxcywh in 0..1.
-            others: float [L, B, T, Q], costs to be added, as those of masks.
+            others: float [L, B, T, Q], further costs, such as those of masks.
 
         Returns:
             float32 (float64 for such inputs) [L, B, T, Q], finite.
@@ -140,7 +140,7 @@ def _assign(costs: np.ndarray, matches: np.ndarray, counts: list[int]) -> None:
 
 
 def copy_to_host(costs: Tensor) -> Tensor:
-    """The one copy per step that waits for the device."""
+    """The only copy of a training step that waits for the device."""
     return costs.cpu()
 
 

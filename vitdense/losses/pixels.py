@@ -11,48 +11,21 @@ from torch import Tensor
 from vitdense.structures import IGNORE
 
 SURE, KEPT = 0.7, 1 / 16
-"""Pixels whose class has a lower probability are hard; at least this part counts as hard."""
+"""Pixels are hard whose true class has a lower probability; at least this part of all are."""
 
 OUTLINE, REACH = 3, 5
-"""Widths in pixels of an outline, and of the band around one in which the other may lie."""
+"""Window in pixels that makes the outline of a region, and that in which two outlines may meet."""
 
 SMALL = 1e-7
 
 
-def cross_entropy(
-    logits: Tensor,
-    labels: Tensor,
-    class_weights: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    divisor: Tensor | None = None,
-) -> Tensor:
-    """torch's mean cross entropy over the pixels that count; zero instead of NaN if none does.
+def pixel_weight(labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
+    """How many pixels are not ignored, or the sum of their class weights: a scalar.
 
     Args:
-        logits: float [B, C, H, W].
-        labels: int64 [B, H, W], 0..C-1 or IGNORE.
+        labels: whole numbers [...], 0..C-1 or IGNORE.
         class_weights: float [C].
-        label_smoothing: 0..1.
-        divisor: weight of the pixels, if it is not to be that of these.
     """
-    if class_weights is not None:
-        class_weights = class_weights.to(logits.dtype)
-    if divisor is None:
-        weight = pixel_weight(labels, class_weights)
-        divisor = weight.where(weight > 0, 1)
-    total = F.cross_entropy(
-        logits,
-        labels,
-        class_weights,
-        ignore_index=IGNORE,
-        reduction="sum",
-        label_smoothing=label_smoothing,
-    )
-    return total / divisor
-
-
-def pixel_weight(labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
-    """How much the pixels that are not ignored weigh together: their number, or by class."""
     valid = labels != IGNORE
     if class_weights is None:
         return valid.sum()

@@ -1,4 +1,4 @@
-"""Masks at points: where to look, what is there, and losses of what is found.
+"""Losses of masks at points: where to sample, the values there, and their losses.
 
 A mask loss on a few thousand points costs a tenth of one on all pixels and is as good (PointRend,
 arXiv 1912.08193; Mask2Former, arXiv 2112.01527, section 3.3). Points are float (x, y) in 0..1 of
@@ -13,8 +13,12 @@ from torch import Tensor
 
 from vitdense.losses.matcher import full_precision
 
+OVERSAMPLE, IMPORTANCE = 3, 0.75
+"""Uncertain points are chosen among this many times as many candidates, and are this part of all
+points; the others are uniform. Both are Mask2Former's."""
+
 CHUNK = 2**24
-"""Points that are worked on at once: a few hundred MiB of numbers, however many masks there are."""
+"""How many points are sampled at once: takes a few hundred MiB, however many masks there are."""
 
 
 def sample_maps(maps: Tensor, points: Tensor) -> Tensor:
@@ -33,18 +37,18 @@ def sample_maps(maps: Tensor, points: Tensor) -> Tensor:
 
 
 def sample_masks(masks: Tensor, rows: Tensor, points: Tensor, extend: bool = False) -> Tensor:
-    """Share of each mask at points, as `sample_maps` gives, without a float copy of the masks.
+    """`sample_maps` of bool masks, without a float copy of them.
 
-    300 masks of 640 pixels are 117 MiB as bool and 470 as float32.
+    300 masks of 640 x 640 pixels take 117 MiB as bool and 470 MiB as float32.
 
     Args:
         masks: bool [N, H, W].
         rows: int64 [R], which mask is read in each row.
         points: float [R, P, 2].
-        extend: beyond the border the last pixels go on, instead of nothing.
+        extend: beyond the border masks go on as their last pixels; otherwise they are 0 there.
 
     Returns:
-        float [R, P] in 0..1.
+        float [R, P] in 0..1, the mask interpolated bilinearly.
     """
     chunk = max(1, CHUNK // points.shape[1])
     parts = zip(rows.split(chunk), points.split(chunk), strict=True)
@@ -60,8 +64,9 @@ def _sample_masks(masks: Tensor, rows: Tensor, points: Tensor, extend: bool) -> 
     for column, weight_x in ((left, 1 - (x - left)), (left + 1, x - left)):
         for row, weight_y in ((top, 1 - (y - top)), (top + 1, y - top)):
             inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-            place = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
-            hit = masks.take(start + place.long())
+            # whole numbers: float32 cannot count the pixels of a canvas of 4096 x 4096 and more
+            place = row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()
+            hit = masks.take(start + place)
             share += weight_x * weight_y * (hit if extend else hit & inside)
     return share
 
@@ -73,22 +78,18 @@ def random_points(rows: int, count: int, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def uncertain_points(
-    maps: Tensor, count: int, oversample: float = 3.0, importance: float = 0.75
-) -> Tensor:
+def uncertain_points(maps: Tensor, count: int) -> Tensor:
     """Points of each map, most of them where its logits are nearest to 0 (PointRend, section 3.1).
 
     Args:
         maps: float [N, h, w], logits.
         count: points of each map.
-        oversample: candidates among which the uncertain ones are chosen, in multiples of `count`.
-        importance: share of the points that are chosen so; the others are uniform.
 
     Returns:
         float [N, count, 2].
     """
-    candidates = round(count * oversample)
-    chosen = int(count * importance)
+    candidates = OVERSAMPLE * count
+    chosen = int(IMPORTANCE * count)
     found = []
     for part in maps.split(max(1, CHUNK // candidates)):
         points = random_points(len(part), candidates, part)
@@ -156,7 +157,7 @@ def pairwise_dice(logits: Tensor, truth: Tensor, weight: Tensor | None = None) -
 
 
 def _shares(weight: Tensor) -> Tensor:
-    """Weights that sum to 1; to less where less than one point counts in all."""
+    """Weights divided by their sum, or by 1 where they sum to less: no point counts for more."""
     return weight / weight.sum(-1, keepdim=True).clamp(min=1)
 
 

@@ -22,8 +22,8 @@ class Queries:
     Attributes:
         logits: float [L, B, G*Q, C].
         boxes: float [L, B, G*Q, 4], cxcywh in 0..1 of the canvas.
-        agnostic: whether the truth is one class, 0.
-        groups: G, sets of queries side by side that are matched each on their own.
+        agnostic: whether all truths count as class 0.
+        groups: G, groups of Q queries side by side, each matched with all truths by itself.
         matches: int64 [B, T], the query of each truth where it is known (-1 for none); else
             matching finds it.
         details: what else is predicted and trained, float [L, B, G*Q, ...] each; `embeddings`
@@ -50,14 +50,14 @@ class Queries:
 
 
 class SetCriterion:
-    """Class loss, L1 and generalized IoU of matched queries, with deep supervision; and masks.
+    """Class loss of all queries; L1, generalized IoU and masks of matched ones; deep supervision.
 
-    All layers are matched and compared at once. The last layer's terms carry plain names, the
-    sum over earlier layers ends in `_aux`: the same keys on every step and rank.
+    All layers are matched and compared at once. The last layer's terms have plain names, the sum
+    over earlier layers ends in `_aux`: the same keys on every step and rank.
 
     Args:
-        class_loss: which class loss, and its cost.
-        class_cost: of the class in matching; the box terms cost what they weigh.
+        class_loss: the class loss and its cost in matching.
+        class_cost: weight of the class in matching; L1 and GIoU have their weights in the loss.
         class_weight, box_weight, giou_weight: of the terms.
     """
 
@@ -87,7 +87,7 @@ class SetCriterion:
             queries: by the suffix of their terms' names, "" for the decoder.
             targets: labels and boxes (xyxy in pixels of the canvas) of each image.
             canvas: size of the canvas in pixels.
-            masks: of the targets, to be matched and learned by queries with `embeddings`.
+            masks: the true masks, for queries that have `embeddings`.
 
         Returns:
             scalars; zeros with a graph for box and mask terms without any truth.

@@ -68,7 +68,7 @@ class CocoMetric(ObjectMetric):
             self.boxes.reset()
 
     def update(self, predictions: list[Prediction], batch: Batch) -> None:
-        """Count one batch in; needs labels and boxes, but for `bbox` also masks."""
+        """Count one batch in; needs labels and boxes, and masks unless `bbox` is compared."""
         super().update(predictions, batch)
         if self.boxes is not None:
             self.boxes.update(predictions, batch)

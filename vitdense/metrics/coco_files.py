@@ -6,7 +6,8 @@ import contextlib
 import json
 import logging
 import math
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from vitdense.data.base import DataError
-from vitdense.data.coco_file import read_json
+from vitdense.data.coco_file import is_crowd, read_json
+from vitdense.data.image_labels import names_of
 from vitdense.metrics.objects import Objects
 from vitdense.ops.masks import polygon_rings
 from vitdense.ops.run_length import RunLengths, from_strings
@@ -36,6 +38,7 @@ class Truth:
         images: the place of each image id in ascending order.
         sizes: (height, width) by place.
         objects: what is annotated.
+        files: `file_name` of each image id that has one.
     """
 
     path: Path
@@ -44,6 +47,7 @@ class Truth:
     images: dict[int | str, int]
     sizes: list[Size]
     objects: Objects
+    files: dict[int | str, str] = field(default_factory=dict)
 
 
 def read_truth(path: Path, kind: Kind) -> Truth:
@@ -65,6 +69,7 @@ def truth_of(content: dict[str, Any], path: Path, kind: Kind) -> Truth:
         images={key: place for place, key in enumerate(listed)},
         sizes=[(entry.get("height"), entry.get("width")) for entry in listed.values()],  # type: ignore[misc]
         objects=None,  # type: ignore[arg-type]
+        files={key: str(it["file_name"]) for key, it in listed.items() if "file_name" in it},
     )
     annotations = _listed(content, "annotations", path)
     for entry in annotations:
@@ -157,6 +162,7 @@ def results_of(entries: list[dict[str, Any]], path: Path, truth: Truth, kind: Ki
             "%s: %d of %d detections are of categories that %s has not, and do not count",
             path, len(entries) - len(known), len(entries), truth.path,
         )  # fmt: skip
+    known = _by_file_name(known, truth)
     odd = next((e for e in known if not holds(truth.images, e.get("image_id"))), None)
     if odd is not None:
         raise DataError(
@@ -164,6 +170,25 @@ def results_of(entries: list[dict[str, Any]], path: Path, truth: Truth, kind: Ki
             "not list; score the file with the truth of its split"
         )
     return to_objects(known, truth, path, kind, are_results=True)
+
+
+def _by_file_name(entries: list[dict[str, Any]], truth: Truth) -> list[dict[str, Any]]:
+    """The entries with ids for the names of files that stand in their place.
+
+    `vitdense predict` writes such where it finds no annotation file beside the images.
+    """
+    texts = {key for it in entries if isinstance(key := it.get("image_id"), str)}
+    if texts <= truth.images.keys():
+        return entries
+    named = [(name, key) for key, file in truth.files.items() for name in names_of(Path(file))]
+    often = Counter(name for name, _ in named)
+    ids = {name: key for name, key in named if often[name] == 1 and name not in truth.images}
+
+    def with_id(entry: dict[str, Any]) -> dict[str, Any]:
+        key = entry.get("image_id")
+        return {**entry, "image_id": ids[key]} if isinstance(key, str) and key in ids else entry
+
+    return [with_id(entry) for entry in entries]
 
 
 def to_objects(
@@ -196,10 +221,17 @@ def to_objects(
         boxes=boxes,
         areas=areas,
         scores=_numbers(entries, "score", path) if are_results else torch.ones_like(areas),
-        crowd=torch.tensor([not are_results and bool(e.get("iscrowd")) for e in entries]).bool(),
+        crowd=torch.tensor([not are_results and _is_crowd(e, path) for e in entries]).bool(),
         rows=torch.arange(len(entries)),
         masks=None if bare else masks,
     )
+
+
+def _is_crowd(entry: dict[str, Any], path: Path) -> bool:
+    try:
+        return is_crowd(entry)
+    except ValueError as error:
+        raise _fault(path, entry, f"has the {error}") from None
 
 
 def _boxes(

@@ -38,6 +38,7 @@ class MeanIoU(Metric):
     samplers send it, counts once.
     """
 
+    tasks = ("semantic",)
     headline = "mIoU"
     lower = ("ECE",)
 

@@ -32,6 +32,7 @@ class ObjectMetric(Metric):
     def __init__(self, classes: list[str], iou_type: IouType = "bbox") -> None:
         super().__init__(classes)
         self.iou_type = iou_type
+        self.tasks = ("detection", "instance") if iou_type == "bbox" else ("instance",)
         self.reset()
 
     def reset(self) -> None:
@@ -41,7 +42,7 @@ class ObjectMetric(Metric):
         self.detections: list[Objects] = []
 
     def update(self, predictions: list[Prediction], batch: Batch) -> None:
-        """Count one batch in; needs labels and boxes, but for `bbox` also masks."""
+        """Count one batch in; needs labels and boxes, and masks unless `bbox` is compared."""
         first = len(self.image_ids)
         answers, targets = [], []
         for prediction, target, image_id in zip(

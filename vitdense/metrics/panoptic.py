@@ -29,6 +29,7 @@ class PanopticQuality(Metric):
     predictions; an image that comes twice, as padded distributed samplers send it, counts once.
     """
 
+    tasks = ("panoptic",)
     headline = "PQ"
 
     def __init__(

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vitdense.metrics.matching import Matches
+from vitdense.ops.processes import world_size
 
 WAITING = 64
 """Images whose counts are searched together for those that are not 0; that waits for the device."""
@@ -17,15 +18,11 @@ WAITING = 64
 
 def gather(value: Any) -> list[Any]:
     """Everyone's value, by rank; of a single process, its own."""
-    if _world_size() == 1:
+    if world_size() == 1:
         return [value]
-    values: list[Any] = [None] * _world_size()
+    values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def share(ids: list[int | str]) -> list[int]:
@@ -59,7 +56,7 @@ def gather_matches(matches: Matches) -> Matches:
 
 def sum_over_processes(counts: Tensor) -> Tensor:
     """Everyone's counts added up; of a single process, its own."""
-    if _world_size() == 1:
+    if world_size() == 1:
         return counts
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     total = counts.to(device, copy=True)
@@ -89,7 +86,7 @@ class ImageSums:
         self.total = self.total.to(counts.device)
         self.total += counts.sum(0)
         self._images += len(counts)
-        if _world_size() > 1:
+        if world_size() > 1:
             self._waiting.append(counts)
             if sum(map(len, self._waiting)) >= WAITING:
                 self._keep()

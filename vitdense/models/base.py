@@ -22,7 +22,7 @@ class Model(nn.Module):
         num_classes: classes 0..num_classes-1.
         image_classes: number of labels of whole images that it answers with beside; often none.
         backbone: owns normalisation constants and the order of layers.
-        divisor: canvas sizes must be multiples of it; the loader pads to it.
+        divisor: pixels; heights and widths of canvases must be multiples of it.
         progress: the part of the run that is done, 0..1; the training loop sets it.
     """
 
@@ -41,14 +41,14 @@ class Model(nn.Module):
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 or float [B, C, H, W] in 0..255 -> float, by the backbone's mean and deviation."""
         statistics = torch.tensor([self.backbone.mean, self.backbone.std]).mul_(255)
-        # a tensor that is made on a GPU makes the host wait
+        # made on the host: the host waits while a tensor is made from numbers on a GPU
         mean, std = statistics[..., None, None].to(images.device, non_blocking=True)
         return (images - mean) / std
 
     def set_things(self, things: list[bool]) -> None:
-        """Say which classes are things to the parts that have a buffer `things`, bool [C], for it.
+        """Tell the parts that have a buffer `things`, bool [C], which classes are things.
 
-        It is part of the weights, so that a loaded model knows it too.
+        It is saved with the weights, so that a loaded model knows it too.
         """
         for module in self.modules():
             buffer = dict(module.named_buffers(recurse=False)).get("things")
@@ -72,7 +72,7 @@ class Model(nn.Module):
         raise NotImplementedError
 
     def probabilities(self, scores: Tensor) -> Tensor:
-        """What `semantic_logits` of one image, float [C, h, w], say of each class, 0..1."""
+        """Probability of each class, 0..1, from `semantic_logits` of one image, float [C, h, w]."""
         return scores.softmax(0)
 
     def image_logits(self, outputs: Any) -> Tensor:

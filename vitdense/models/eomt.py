@@ -27,10 +27,10 @@ from vitdense.structures import Size, Target
 
 @MODELS.register("eomt")
 class EomtModel(HeadedModel):
-    """Queries in the last blocks of a plain ViT of timm, with registers or rotary positions too.
+    """Queries in the last blocks of a plain ViT of timm; registers and rotary positions are fine.
 
-    With `image_head` another head labels the whole image, from the patches or the class token
-    behind the last block.
+    With `image_head` a second head labels the whole image, from the patches or the class token
+    after the last block.
 
     Raises:
         ValueError: the backbone is no plain ViT that takes images of any size, or it has options
@@ -48,15 +48,15 @@ class EomtModel(HeadedModel):
         task: Literal["semantic", "instance", "panoptic"] = "panoptic",  # what to answer
         queries: PositiveInt = 200,  # masks that are found in an image at most
         blocks: PositiveInt = 4,  # last blocks that the queries run through
-        upscale: NonNegativeInt | None = None,  # doublings of the map; by default to stride 4
-        masking: Literal["annealed", "always", "never"] = "annealed",  # they see their masks alone
-        annealing: list[tuple[Fraction, Fraction]] | None = None,  # parts of the run, one a block
+        upscale: NonNegativeInt | None = None,  # doublings of the map; null = until stride 4
+        masking: Literal["annealed", "always", "never"] = "annealed",  # queries see just their mask
+        annealing: list[tuple[Fraction, Fraction]] | None = None,  # when masking fades, per block
         annealing_power: PositiveFloat = 0.9,  # of the polynomial by which masking fades
         class_weight: NonNegativeFloat = 2.0,  # of the class in matching and loss
-        mask_weight: NonNegativeFloat = 5.0,  # of the cross-entropy of masks in both
-        dice_weight: NonNegativeFloat = 5.0,  # of the Dice of masks in both
+        mask_weight: NonNegativeFloat = 5.0,  # of the masks' cross-entropy in matching and loss
+        dice_weight: NonNegativeFloat = 5.0,  # of the masks' Dice in matching and loss
         background: NonNegativeFloat = 0.1,  # weight of "no object" among the classes
-        mask_points: PositiveInt = 12544,  # of an image, and of each mask, in both
+        mask_points: PositiveInt = 12544,  # points of a mask that matching and loss look at
         max_detections: PositiveInt = 100,  # instance: best ones kept for each image
         nms: Fraction
         | None = None,  # instance: overlap from which a class's lesser mask is dropped
@@ -89,7 +89,7 @@ class EomtModel(HeadedModel):
             score_threshold=score_threshold,
             overlap_threshold=overlap_threshold,
         )
-        # some families norm behind the pooling, which is cut off
+        # some families have their norm after the pooling, which is cut off
         width = self.backbone.levels[-1].channels
         self.norm = nn.Identity() if self.backbone.normed else nn.LayerNorm(width, eps=1e-6)
         if annealing is not None and masking != "annealed":
@@ -105,10 +105,11 @@ class EomtModel(HeadedModel):
         return self.backbone.model
 
     def forward(self, images: Tensor, targets: list[Target] | None = None) -> Any:
-        """The last answers for uint8 images [B, C, H, W]; in training those before blocks too.
+        """Answers for uint8 images [B, C, H, W]: after the last block, and before it where needed.
 
         Returns:
-            `MaskOutputs`, with an image head within `ImageOutputs`.
+            `MaskOutputs`; within `ImageOutputs` if there is an image head. In training, and while
+            masking needs them, also the answers before each of the last blocks.
         """
         from vitdense.backbones.windows import embed
 
@@ -138,9 +139,9 @@ class EomtModel(HeadedModel):
     # compiled code would be bound to one value of `progress`
     @torch.compiler.disable
     def masking_probabilities(self) -> list[float]:
-        """How likely each query is held to its mask in each of the last blocks.
+        """Probability that a query is held to its mask, for each of the last blocks.
 
-        From 1 to 0 over the block's part of the run as `(1 - t) ** annealing_power`.
+        It falls from 1 to 0 over the block's part of the run, as `(1 - t) ** annealing_power`.
         """
         if self.masking == "always":
             return [1.0] * len(self.annealing)
@@ -149,7 +150,7 @@ class EomtModel(HeadedModel):
         return [fade(self.progress, span) ** self.annealing_power for span in self.annealing]
 
     def _read(self, tokens: Tensor, grid: Size) -> list[Tensor]:
-        """Queries [B, Q, C], patches [B, C, h, w] and class token [B, C], where they are now."""
+        """Queries [B, Q, C], patches [B, C, h, w] and class token [B, C], normed."""
         normed, queries = self.norm(self.vit.norm(tokens)), self.head.queries.num_embeddings
         patches = normed[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
         return [normed[:, :queries], patches, normed[:, queries]]
@@ -157,7 +158,7 @@ class EomtModel(HeadedModel):
     def _run(
         self, block: Any, tokens: Tensor, rope: dict[str, Tensor], bias: Tensor | None
     ) -> Tensor:
-        """One block; its activations are computed again in backward if the backbone says so."""
+        """One block, under activation checkpointing if the backbone has it on."""
         run = partial(block, attn_mask=bias, **rope)
         if self.vit.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(run, tokens, use_reentrant=False)
@@ -165,7 +166,7 @@ class EomtModel(HeadedModel):
 
 
 def open_vit(backbone: Backbone, blocks: int, queries: int) -> int:
-    """Make the last blocks ready for `queries` more tokens before all others.
+    """Prepare the last blocks of a ViT for `queries` additional tokens before all others.
 
     Returns:
         side of a patch in pixels.
@@ -191,7 +192,7 @@ def open_vit(backbone: Backbone, blocks: int, queries: int) -> int:
         )
     if backbone.windows or backbone.level_norms or backbone.class_token != "drop":
         raise ValueError(
-            "backbone: eomt reads no maps of it; leave out windows, level_norm and class_token"
+            "backbone: eomt reads tokens, not maps; leave out windows, level_norm and class_token"
         )
     if blocks > len(backbone.model.blocks):
         raise ValueError(f"blocks: {name} has {len(backbone.model.blocks)}, not {blocks}")
@@ -212,12 +213,13 @@ def rope_of(vit: Any, rope: Tensor | None, index: int) -> dict[str, Tensor]:
 def check_annealing(
     spans: list[tuple[float, float]] | None, blocks: int
 ) -> list[tuple[float, float]]:
-    """The part of the run over which masking fades in each block.
+    """For each block the part of the run over which its masking fades.
 
-    By default one equal part after the other, with one before the first and one behind the last.
+    By default the run is cut into `blocks + 2` equal parts: all is masked in the first, nothing in
+    the last, and in between one block after the other fades.
 
     Raises:
-        ValueError: there is not one for each block, or one ends before it starts.
+        ValueError: there is not one span for each block, or one ends before it starts.
     """
     if spans is None:
         return [((i + 1) / (blocks + 2), (i + 2) / (blocks + 2)) for i in range(blocks)]

@@ -1,4 +1,4 @@
-"""What models with one head share: its methods, and a second head for the whole image."""
+"""Models with one head, and perhaps a second head that labels the whole image."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class ImageOutputs:
 
 
 class HeadedModel(Model):
-    """Answers by `head`, and by `image_head` if there is one; subclasses write `forward`.
+    """Answers of `head`, and beside them those of `image_head` if there is one.
 
-    The first is not changed by the second. A subclass calls `add_image_head` behind its backbone,
-    and its `forward` gives `with_image(outputs, features)`.
+    Subclasses call `add_image_head` in their constructor once there is a backbone, and write
+    `forward`, which returns `self.with_image(outputs, features)`.
     """
 
     head: Head
@@ -45,7 +45,7 @@ class HeadedModel(Model):
             weight: of its loss.
 
         Raises:
-            ValueError: there is nothing to learn, or no class token.
+            ValueError: the data has no labels of whole images, or the backbone no class token.
         """
         self.image_head, self.image_weight = None, weight
         if pooling is not None:
@@ -62,7 +62,7 @@ class HeadedModel(Model):
         """The head's outputs, within `ImageOutputs` if there is an image head.
 
         Args:
-            features: what it reads: the last map, or the class token if it `wants_token`.
+            features: the last map [B, C, h, w], or the class token [B, C] if it `wants_token`.
         """
         if self.image_head is None:
             return outputs
@@ -84,15 +84,15 @@ class HeadedModel(Model):
         return predictions
 
     def semantic_logits(self, outputs: Any) -> Tensor:
-        """The head's scores of each class."""
+        """Those of the head."""
         return self.head.semantic_logits(self._pixels(outputs))
 
     def probabilities(self, scores: Tensor) -> Tensor:
-        """As the head understands its scores."""
+        """Those of the head."""
         return self.head.probabilities(scores)
 
     def image_logits(self, outputs: ImageOutputs) -> Tensor:
-        """The image head's scores."""
+        """Those of the image head."""
         return outputs.image
 
     def _pixels(self, outputs: Any) -> Any:
@@ -103,7 +103,7 @@ def check_image_head(pooling: Pooling, classes: int, backbone: Backbone) -> int:
     """Channels that an image head reads.
 
     Raises:
-        ValueError: there is nothing to learn, or no class token.
+        ValueError: the data has no labels of whole images, or the backbone no class token.
     """
     if not classes:
         raise ValueError(

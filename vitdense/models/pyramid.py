@@ -18,10 +18,11 @@ from vitdense.structures import Level, Target
 
 @MODELS.register("pyramid")
 class PyramidModel(HeadedModel):
-    """A backbone's maps, made a pyramid by a neck where they are none, read by a head.
+    """Backbone, neck and head.
 
-    With `image_head` another head labels the whole image, from the last map or the class token of
-    the backbone; the first is not changed by it.
+    Without a `neck` the maps of a hierarchical backbone go to the head as they are; the maps of a
+    plain ViT, which have one stride, become a pyramid (`simple_feature_pyramid`). With `image_head`
+    a second head labels the whole image, from the last map or the class token of the backbone.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class PyramidModel(HeadedModel):
         self.add_image_head(image_head, image_classes, image_weight)
 
     def forward(self, images: Tensor, targets: list[Target] | None = None) -> Any:
-        """The head's outputs for uint8 images [B, C, H, W]; within `ImageOutputs` if there are."""
+        """The head's outputs for uint8 images [B, C, H, W]; `ImageOutputs` with an image head."""
         pixels = self.normalize(images)
         if self.wants_token:
             features, pooled = self.backbone.forward_with_token(pixels)

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from vitdense.layers.norm import Norm, make_norm
-from vitdense.necks.base import Neck
+from vitdense.necks.base import Neck, scaled_strides
 from vitdense.registry import NECKS
 from vitdense.structures import Level
 
@@ -16,11 +16,11 @@ SCALES = (4.0, 2.0, 1.0, 0.5, 0.25)
 
 @NECKS.register("feature2pyramid")
 class Feature2Pyramid(Neck):
-    """Resampling alone, of a map per level: BEiT (Bao et al., 2106.08254), as in its code.
+    """Each map is resampled to its level, and nothing else: as in the code of BEiT (2106.08254).
 
-    Each level is made from a map of its own: the four blocks of a plain ViT, finest from the
-    first (3, 5, 7, 11 of 12 in BEiT, 7, 11, 15, 23 of 24). The width stays. transformers has the
-    same layers in BEiT and Data2Vec, as `fpn1` to `fpn4`.
+    The maps are those of four blocks of a plain ViT, the first of which becomes the finest level
+    (blocks 3, 5, 7, 11 of 12 in BEiT; 7, 11, 15, 23 of 24). Widths stay. transformers has the same
+    layers in BEiT and Data2Vec, as `fpn1` to `fpn4`.
 
     Raises:
         ValueError: there are not as many scales as maps, one is unknown, or their levels do not
@@ -31,19 +31,14 @@ class Feature2Pyramid(Neck):
         self,
         levels: list[Level],
         *,
-        scales: tuple[float, ...] = (4.0, 2.0, 1.0, 0.5),  # sizes of the levels, in order; or .25
-        norm: Literal["auto", "batch", "sync", "group", "layer"] = "auto",  # in the level of 4
+        scales: tuple[float, ...] = (4.0, 2.0, 1.0, 0.5),  # of the levels over the maps; .25 too
+        norm: Literal["auto", "batch", "sync", "group", "layer"] = "auto",  # in that of scale 4
     ) -> None:
         if set(scales) - set(SCALES):
             raise ValueError(f"scales: {scales} must be of {list(SCALES)}")
-        if len(scales) != len(levels):
-            raise ValueError(f"scales: there are {len(scales)} of them for {len(levels)} maps")
-        strides = [level.stride / scale for level, scale in zip(levels, scales, strict=True)]
-        if strides != sorted(strides):
-            raise ValueError(f"scales: {scales} make strides {strides}, which must not get finer")
+        strides = scaled_strides(levels, scales)
         widths = [level.channels for level in levels]
-        pairs = zip(widths, strides, strict=True)
-        super().__init__([Level(w, int(s) if s == int(s) else s) for w, s in pairs])
+        super().__init__([Level(*level) for level in zip(widths, strides, strict=True)])
         self.stages = nn.ModuleList(
             _stage(width, scale, norm) for width, scale in zip(widths, scales, strict=True)
         )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import torch.nn.functional as F
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from vitdense.layers.norm import Norm, make_norm
-from vitdense.necks.base import Neck
+from vitdense.layers.resize import resize
+from vitdense.necks.base import Neck, scaled_strides
 from vitdense.registry import NECKS
 from vitdense.structures import Level
 
@@ -19,9 +19,9 @@ from vitdense.structures import Level
 class MultiLevelNeck(Neck):
     """1x1 convolution, bilinear resizing and 3x3 convolution, one of each per level.
 
-    Each level is made from a map of its own: the four blocks of a plain ViT, finest from the
-    first. A backbone that gives one map gives it to every level. The neck of mmsegmentation's
-    ViT and DeiT recipes (its `MultiLevelNeck`, with the scales of its configs).
+    The maps are those of four blocks of a plain ViT, the first of which becomes the finest level;
+    where a backbone gives one map, all levels are made from it. This is the `MultiLevelNeck` of
+    mmsegmentation's ViT and DeiT recipes, with the scales of its configs.
 
     Raises:
         ValueError: there are not as many scales as maps, or their levels do not get coarser.
@@ -37,13 +37,8 @@ class MultiLevelNeck(Neck):
         relu: bool = False,  # after each convolution
     ) -> None:
         sources = levels * len(scales) if len(levels) == 1 else levels
-        if len(scales) != len(sources):
-            raise ValueError(f"scales: there are {len(scales)} of them for {len(sources)} maps")
         width = channels or levels[-1].channels
-        strides = [level.stride / scale for level, scale in zip(sources, scales, strict=True)]
-        if strides != sorted(strides):
-            raise ValueError(f"scales: {scales} make strides {strides}, which must not get finer")
-        super().__init__([Level(width, int(s) if s == int(s) else s) for s in strides])
+        super().__init__([Level(width, stride) for stride in scaled_strides(sources, scales)])
         self.scales = tuple(scales)
         self.laterals = nn.ModuleList(
             _convolution(level.channels, width, 1, norm, relu) for level in sources
@@ -54,13 +49,12 @@ class MultiLevelNeck(Neck):
         """float [B, C_i, H_i, W_i] per incoming level -> [B, channels, H, W] per scale."""
         maps = features * len(self.scales) if len(features) == 1 else features
         parts = zip(self.laterals, self.smooths, maps, self.scales, strict=True)
-        return [smooth(_resize(lateral(map_), scale)) for lateral, smooth, map_, scale in parts]
+        return [smooth(_rescale(lateral(map_), scale)) for lateral, smooth, map_, scale in parts]
 
 
-def _resize(maps: Tensor, scale: float) -> Tensor:
+def _rescale(maps: Tensor, scale: float) -> Tensor:
     """Bilinear; sizes are rounded up, as those of every level."""
-    size = tuple(math.ceil(side * scale) for side in maps.shape[-2:])
-    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+    return resize(maps, [math.ceil(side * scale) for side in maps.shape[-2:]])
 
 
 def _convolution(

@@ -10,8 +10,8 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from vitdense.layers.conv import ConvNorm
-from vitdense.layers.norm import Norm
-from vitdense.necks.base import Neck
+from vitdense.layers.norm import Norm, make_norm
+from vitdense.necks.base import Neck, check_scales, scaled_stride
 from vitdense.registry import NECKS
 from vitdense.structures import Level
 
@@ -20,10 +20,10 @@ SCALES = (4.0, 2.0, 1.0, 0.5, 0.25)
 
 @NECKS.register("multi_scale_projector")
 class MultiScaleProjector(Neck):
-    """All maps at each scale, fused by a C2f block: Chen et al., LW-DETR (2406.03459), section 3.
+    """At each scale a C2f block fuses all maps: Chen et al., LW-DETR (2406.03459), section 3.
 
-    The norm `layer` is RF-DETR's, `batch` LW-DETR's. Levels: one for each scale, the finest first;
-    that of scale 0.25 is every second cell of the one before.
+    RF-DETR has the norm `layer`, LW-DETR `batch`. There is one level for each scale, the finest
+    first; the level of scale 0.25 is every second cell of the level before.
 
     Raises:
         ValueError: the maps differ in stride; a scale is unknown or twice; 0.25 without 0.5.
@@ -46,9 +46,11 @@ class MultiScaleProjector(Neck):
                 f"multi_scale_projector: fuses maps of one stride, not of {sorted(strides)}; "
                 "use it on a plain ViT, and fpn on a hierarchical backbone"
             )
-        _check_scales(scales)
+        check_scales(scales, SCALES)
+        if 0.25 in scales and 0.5 not in scales:
+            raise ValueError("scales: 0.25 is made from 0.5, so both must be there")
         finest_first = sorted(scales, reverse=True)
-        super().__init__([Level(channels, _stride(levels[0].stride / s)) for s in finest_first])
+        super().__init__([Level(channels, scaled_stride(levels[0], s)) for s in finest_first])
         self.subsample = finest_first[-1] == 0.25
         widths = [level.channels for level in levels]
         self.stages = nn.ModuleList(
@@ -69,7 +71,7 @@ class MultiScaleProjector(Neck):
 
 
 class ProjectorStage(nn.Module):
-    """Every map brought to one scale, side by side, through C2f and a last norm."""
+    """One level: all maps are resampled to its scale, joined, fused by C2f and normed."""
 
     def __init__(
         self,
@@ -80,13 +82,11 @@ class ProjectorStage(nn.Module):
         blocks: int,
         norm: Norm,
     ) -> None:
-        from timm.layers import LayerNorm2d
-
         super().__init__()
         resampled = [_resampling(width, scale, halve_above, norm) for width in widths]
         self.resample = nn.ModuleList(module for module, _ in resampled)
         self.c2f = C2f(sum(width for _, width in resampled), channels, blocks, norm)
-        self.norm = LayerNorm2d(channels)
+        self.norm = make_norm("layer", channels)
 
     def forward(self, features: list[Tensor]) -> Tensor:
         """float [B, C_i, H, W] per map -> [B, channels, H * scale, W * scale]."""
@@ -95,9 +95,10 @@ class ProjectorStage(nn.Module):
 
 
 class C2f(nn.Module):
-    """The cross-stage block of YOLOv8: half of the channels pass, half go through the blocks.
+    """The cross-stage partial block of YOLOv8.
 
-    What comes out of each block is kept and all is fused by a 1x1 convolution.
+    Half of the channels go through the blocks one after the other. A 1x1 convolution fuses both
+    halves and what came out of each block.
     """
 
     def __init__(self, incoming: int, channels: int, blocks: int, norm: Norm) -> None:
@@ -120,8 +121,7 @@ class C2f(nn.Module):
 def _resampling(
     width: int, scale: float, halve_above: int | None, norm: Norm
 ) -> tuple[nn.Sequential, int]:
-    """What brings a map to a scale, and the channels that come out."""
-    from timm.layers import LayerNorm2d
+    """Layers that bring a map to a scale, and how many channels they give."""
 
     def up(incoming: int) -> nn.Module:
         return nn.ConvTranspose2d(incoming, incoming // 2, 2, stride=2)
@@ -130,7 +130,7 @@ def _resampling(
         return [ConvNorm(width, outgoing, kernel, norm, stride, active=False), nn.ReLU()]
 
     if scale == 4:
-        middle = [LayerNorm2d(width // 2), nn.GELU()]
+        middle = [make_norm("layer", width // 2), nn.GELU()]
         return nn.Sequential(up(width), *middle, up(width // 2)), width // 2 // 2
     if scale == 2 and halve_above is not None and width > halve_above:
         return nn.Sequential(*conv(width // 2, 1), up(width // 2)), width // 2 // 2
@@ -139,14 +139,3 @@ def _resampling(
     if scale == 0.5:
         return nn.Sequential(*conv(width, 3, stride=2)), width
     return nn.Sequential(), width
-
-
-def _check_scales(scales: tuple[float, ...]) -> None:
-    if not scales or set(scales) - set(SCALES) or len(set(scales)) < len(scales):
-        raise ValueError(f"scales: {scales} must be different ones of {list(SCALES)}")
-    if 0.25 in scales and 0.5 not in scales:
-        raise ValueError("scales: 0.25 is made from 0.5, so both must be there")
-
-
-def _stride(stride: float) -> float:
-    return int(stride) if stride == int(stride) else stride

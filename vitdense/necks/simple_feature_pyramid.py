@@ -5,7 +5,8 @@ from __future__ import annotations
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from vitdense.necks.base import Neck
+from vitdense.layers.norm import make_norm
+from vitdense.necks.base import Neck, check_scales, scaled_stride
 from vitdense.registry import NECKS
 from vitdense.structures import Level
 
@@ -29,11 +30,10 @@ class SimpleFeaturePyramid(Neck):
         channels: PositiveInt = 256,  # width of each level
         scales: tuple[float, ...] = (4.0, 2.0, 1.0, 0.5),  # sizes of the levels over the map's
     ) -> None:
-        if not scales or set(scales) - set(SCALES) or len(set(scales)) < len(scales):
-            raise ValueError(f"scales: {scales} must be different ones of {list(SCALES)}")
+        check_scales(scales, SCALES)
         finest_first = sorted(scales, reverse=True)
         last = levels[-1]
-        super().__init__([Level(channels, _stride(last.stride / scale)) for scale in finest_first])
+        super().__init__([Level(channels, scaled_stride(last, scale)) for scale in finest_first])
         self.stages = nn.ModuleList(
             _stage(last.channels, channels, scale) for scale in finest_first
         )
@@ -45,13 +45,11 @@ class SimpleFeaturePyramid(Neck):
 
 def _stage(width: int, channels: int, scale: float) -> nn.Sequential:
     """Resampling that halves the width at each step up, then 1x1 and 3x3 with LayerNorm."""
-    from timm.layers import LayerNorm2d
-
     half, quarter = width // 2, width // 4
     resample: dict[float, list[nn.Module]] = {
         4.0: [
             nn.ConvTranspose2d(width, half, 2, stride=2),
-            LayerNorm2d(half),
+            make_norm("layer", half),
             nn.GELU(),
             nn.ConvTranspose2d(half, quarter, 2, stride=2),
         ],
@@ -64,11 +62,7 @@ def _stage(width: int, channels: int, scale: float) -> nn.Sequential:
     return nn.Sequential(
         *resample[scale],
         nn.Conv2d(resampled, channels, 1, bias=False),
-        LayerNorm2d(channels),
+        make_norm("layer", channels),
         nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-        LayerNorm2d(channels),
+        make_norm("layer", channels),
     )
-
-
-def _stride(stride: float) -> float:
-    return int(stride) if stride == int(stride) else stride

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vitdense.structures import Size
 
-EPS = 1e-9  # far below one pixel of a relative canvas; keeps empty boxes from dividing by zero
+EPS = 1e-9  # far below the area of a pixel in 0..1; boxes without area divide by it
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
@@ -42,21 +42,21 @@ def _scale(boxes: Tensor, x: float, y: float) -> Tensor:
 
 
 def generalized_iou(first: Tensor, second: Tensor) -> Tensor:
-    """Generalized IoU of boxes that broadcast against each other; the second of `overlaps`."""
+    """Generalized IoU alone; arguments and shapes are those of `overlaps`."""
     return overlaps(first, second)[1]
 
 
 def overlaps(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """IoU and generalized IoU (Rezatofighi et al. 2019) of boxes that broadcast.
 
-    Equal shapes give the overlap of matched pairs; `first[:, None]` against `second[None]` gives
-    all pairs, without an intermediate tensor of boxes.
+    Equal shapes give the overlap of matched pairs; `first[:, None]` and `second[None]` give that
+    of all pairs.
 
     Args:
         first, second: float [..., 4], xyxy in the same unit.
 
     Returns:
-        float [...] in 0..1 and in -1..1, finite for boxes without area too.
+        IoU in 0..1 and generalized IoU in -1..1, float [...]; finite for boxes without area too.
     """
     left, top, right, bottom = first.unbind(-1)
     left2, top2, right2, bottom2 = second.unbind(-1)

@@ -11,21 +11,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitdense.ops.plates import Plates
+from vitdense.ops.plates import Color, Plates
 from vitdense.structures import IGNORE, Prediction, Target
 
 if TYPE_CHECKING:
     from PIL import ImageDraw
 
-Color = tuple[int, int, int]
 Pixels = NDArray[np.float32]
 
 _MASK, _SEMANTIC = 0.45, 0.55
-_PIXELS, _SIDE = 1 << 18, 1024
-"""Pixels that are worked on at once; length from which a region is looked at with gaps."""
+"""Opacity of masks and of label maps."""
+
+_PIXELS = 1 << 18
+"""How many pixels of a label map are tinted at once."""
+
+_SIDE = 1024
+"""Regions longer than this are searched for their widest place in steps of several pixels."""
 
 _MARGIN = 0.01
-"""A class is named in the picture of a label map if it fills this part of it."""
+"""A class of a label map is named if it covers at least this part of the picture."""
 
 
 def draw(
@@ -39,13 +43,13 @@ def draw(
     """Draw what a model answered, or the truth, over an image.
 
     Args:
-        image: uint8, or float in 0..255, [C, H, W], the answer is in its pixels; the first three
-            channels are shown, or the first alone if there are only two.
-        classes: names of the labels.
+        image: uint8, or float in 0..255, [C, H, W]; the first three channels are shown, or the
+            first alone if there are only two.
+        answer: in the pixels of the image.
+        classes: names of the classes.
         threshold: objects of a prediction with a lower score are left out.
         scale: enlarge the picture, to have room for text in small images.
-        labels: names of the labels of whole images; written above are the true ones, or the
-            likeliest.
+        labels: names of the image classes; the true ones, or the likeliest, stand in a corner.
 
     Returns:
         uint8 [3, H * scale, W * scale].
@@ -108,15 +112,10 @@ def side_by_side(*images: Tensor, gap: int = 4) -> Tensor:
     return row
 
 
-def grid(images: list[Tensor], columns: int, gap: int = 4) -> Tensor:
-    """Images in rows of `columns`, on white.
-
-    Args:
-        images: uint8 [3, H, W] of any sizes.
-    """
-    rows = [images[start : start + columns] for start in range(0, len(images), columns)]
-    turned = [side_by_side(*row, gap=gap).transpose(1, 2) for row in rows]
-    return side_by_side(*turned, gap=gap).transpose(1, 2).contiguous()
+def stacked(*images: Tensor, gap: int = 4) -> Tensor:
+    """Images in one column, left aligned, on white; otherwise as `side_by_side`."""
+    row = side_by_side(*(image.transpose(1, 2) for image in images), gap=gap)
+    return row.transpose(1, 2).contiguous()
 
 
 def _title(answer: Prediction | Target, labels: Sequence[str]) -> str:
@@ -134,7 +133,7 @@ class _Objects:
 
     Attributes:
         masked: whether they have masks; objects with masks are drawn without boxes.
-        named: whether even the smallest gets its name; segments of a whole scene do not.
+        named: whether masks too small to hold their name get one too; panoptic segments do not.
     """
 
     def __init__(
@@ -161,7 +160,7 @@ class _Objects:
         self.colors = self._colors(palette(len(classes)))
 
     def _colors(self, colors: list[Color]) -> list[Color]:
-        """Those of the classes; of objects with masks no two neighbours in order have the same."""
+        """Colors of the classes; objects of a class with masks get shades of it in turn."""
         if not self.masked:
             return [colors[label] for label in self.labels]
         seen: dict[int, int] = {}
@@ -172,7 +171,7 @@ class _Objects:
         return shades[::-1]
 
     def mask(self, index: int) -> NDArray[np.bool_]:
-        """bool [H * scale, W * scale], made one at a time: all at once are large."""
+        """bool [H * scale, W * scale]; one at a time, because all together would be large."""
         place = self.order[index]
         if self.panoptic is not None:
             return _enlarge(self.panoptic.cpu() == place + 1, self.scale).numpy()
@@ -208,7 +207,7 @@ def _enlarge(maps: Tensor, scale: int) -> Tensor:
 
 
 def _lay_semantic(pixels: Pixels, semantic: NDArray, colors: list[Color]) -> None:
-    """Tint the labelled pixels in place, some rows at a time: of large images all take long."""
+    """Tint the labelled pixels in place, some rows at a time, which is faster for large images."""
     table = np.zeros((IGNORE + 1, 3), dtype=np.float32)
     table[: len(colors)] = colors
     step = max(1, _PIXELS // max(1, semantic.shape[1]))
@@ -243,7 +242,7 @@ def _draw_boxes(pen: ImageDraw.ImageDraw, objects: _Objects, plates: Plates) -> 
 
 
 def _name_masks(objects: _Objects, plates: Plates) -> None:
-    """Write each name where its mask is widest, or above a mask that it would hide."""
+    """Write each name where its mask is widest, or above the mask if it would hide it."""
     named = list(enumerate(zip(objects.names, objects.colors, strict=True)))
     for index, (name, color) in reversed(named):
         mask = objects.mask(index)
@@ -266,9 +265,9 @@ def _name_regions(
 
 
 def _deepest(region: NDArray[np.bool_]) -> tuple[int, int, float]:
-    """The pixel of a region that is farthest from its border, and how far; zeros if it is empty.
+    """x and y of the pixel that is farthest from a region's border, and how far it is.
 
-    Of a large one some rows and columns must do.
+    Zeros if the region is empty. Of a large region only every few rows and columns are looked at.
     """
     from scipy.ndimage import distance_transform_edt, find_objects
 

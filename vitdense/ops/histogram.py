@@ -1,4 +1,4 @@
-"""How often pairs of whole numbers occur in two maps."""
+"""Counts of pairs of whole numbers in two maps, such as confusion matrices."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from vitdense.ops.run_length import WORD
 
 
 def joint_histogram(rows: Tensor, columns: Tensor, shape: tuple[int, int]) -> Tensor:
-    """How often each pair of numbers occurs; only on a GPU without a wait for the device.
+    """How often each pair of numbers occurs; on a GPU the host does not wait for it.
 
     Args:
-        rows, columns: whole numbers [...] from 0 up to the shape.
+        rows, columns: whole numbers [...], 0..R-1 and 0..C-1.
+        shape: (R, C).
 
     Returns:
-        int64, of the shape.
+        int64 [R, C].
     """
     maps = [rows.flatten(), columns.flatten()]
     if rows.device.type == "cpu":
@@ -33,7 +34,7 @@ def joint_histogram(rows: Tensor, columns: Tensor, shape: tuple[int, int]) -> Te
 
 
 def _count(maps: list[Tensor], shape: tuple[int, int]) -> Tensor:
-    """Of rows and columns, or of the cells of both."""
+    """Counts from two maps of rows and columns, or from one map of cells, `row * C + column`."""
     cells = maps[0]
     if len(maps) == 2:
         cells = torch.add(maps[1].int(), maps[0].int(), alpha=shape[1])
@@ -41,7 +42,7 @@ def _count(maps: list[Tensor], shape: tuple[int, int]) -> Tensor:
 
 
 def _by_words(maps: list[Tensor], shape: tuple[int, int]) -> Tensor:
-    """The same of uint8 [N]: of eight pixels in a row that are alike, the first counts for all."""
+    """`_count` of uint8 [N], faster: where eight pixels in a row are equal, one is counted as 8."""
     whole = len(maps[0]) - len(maps[0]) % WORD
     aligned = [side.clone() if side.storage_offset() % WORD else side for side in maps]
     words = [side[:whole].view(torch.int64) for side in aligned]

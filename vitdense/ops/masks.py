@@ -16,11 +16,11 @@ from torch import Tensor
 Mask = NDArray[np.bool_]
 
 _NMS_ROWS = 64
-"""Rows whose pixels are numbers at once, so that large masks need little memory."""
+"""How many rows of all masks are floats at once, so that large masks need little memory."""
 
 
 def masks_to_boxes(masks: Tensor) -> Tensor:
-    """Tight boxes around masks, up to the far edge of their last pixels.
+    """Tight boxes around masks, which reach to the far edges of their last pixels.
 
     `torchvision.ops.masks_to_boxes` returns the index of the last pixel instead, which makes a
     mask of one pixel a box without area, and fails on an empty mask.
@@ -44,15 +44,15 @@ def _extent(hits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mask_nms(masks: Tensor, labels: Tensor, threshold: float) -> Tensor:
-    """Which masks overlap no better one of their label: non-maximum suppression.
+    """Non-maximum suppression of masks, for each label by itself.
 
     Args:
         masks: bool [N, H, W], best first, none empty.
         labels: int64 [N].
-        threshold: 0..1, intersection over union above which the lesser mask is dropped.
+        threshold: 0..1; of two masks with a higher IoU the later one is dropped.
 
     Returns:
-        int64 [K], the places of those that stay, in order.
+        int64 [K], indices of the masks that stay, rising.
     """
     common = torch.zeros(len(masks), len(masks), device=masks.device)
     for rows in masks.split(_NMS_ROWS, dim=1):
@@ -69,10 +69,10 @@ def mask_nms(masks: Tensor, labels: Tensor, threshold: float) -> Tensor:
 
 
 def number_masks(masks: Tensor) -> Tensor:
-    """One map of at most 255 masks that do not overlap, on the CPU.
+    """Masks that do not overlap as one map of their numbers; the reverse of `split_masks`.
 
     Args:
-        masks: bool [N, H, W].
+        masks: bool [N, H, W] on the CPU, N from 1 to 255.
 
     Returns:
         uint8 [H, W], k = the k-th mask, from 1; 0 = none.
@@ -82,11 +82,14 @@ def number_masks(masks: Tensor) -> Tensor:
 
 
 def split_masks(numbers: Tensor, places: Tensor) -> Tensor:
-    """The masks in a map of their numbers: bool [N, H, W], on the CPU.
+    """Masks from a map of their numbers.
 
     Args:
-        numbers: whole numbers [H, W].
-        places: whole numbers [N], which of them to take.
+        numbers: whole numbers [H, W] on the CPU.
+        places: whole numbers [N], which of the numbers to take.
+
+    Returns:
+        bool [N, H, W].
     """
     values = places.to(numbers.dtype).numpy()[:, None, None]
     return torch.from_numpy(numbers.numpy() == values)  # many times faster than torch's comparison
@@ -123,7 +126,7 @@ def polygons_to_mask(polygons: list[list[float]], height: int, width: int) -> Ma
 
 
 def polygon_rings(polygons: list[list[float]], height: int, width: int) -> list[list[float]]:
-    """Those polygons that cover anything, checked so that they can be rasterised.
+    """The polygons of three points and more, checked so that they can be rasterised safely.
 
     Raises:
         ValueError: a polygon is not a flat list of finite x, y pairs near the image.
@@ -139,7 +142,7 @@ def _ring(polygon: Any, reach: float) -> list[float]:
         points = np.empty((0, 0))
     if points.ndim != 1 or len(points) % 2:
         raise ValueError("a polygon must be a flat list of numbers x0, y0, x1, y1, ...")
-    # Not only a fault of the data: memory for rasterising grows with the distance.
+    # pycocotools needs memory in proportion to this distance
     if not (np.abs(points) <= reach).all():
         raise ValueError(f"a polygon has points not finite or more than {reach} pixels away")
     return points.tolist()
@@ -148,7 +151,7 @@ def _ring(polygon: Any, reach: float) -> list[float]:
 def rle_to_mask(rle: dict[str, Any], height: int, width: int) -> Mask:
     """Mask of an RLE, compressed (`counts` is a string) or not (a list).
 
-    Read here, because pycocotools leaves memory uninitialised where runs end too early.
+    Not decoded by pycocotools, which returns uninitialised memory where runs end too early.
 
     Raises:
         ValueError: keys are missing, its size is another, or its runs do not cover the image.

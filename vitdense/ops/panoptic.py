@@ -1,4 +1,4 @@
-"""From masks that overlap to one segment per pixel, and what two such maps have in common."""
+"""Panoptic maps: made from masks that overlap, and compared with each other."""
 
 from __future__ import annotations
 
@@ -20,23 +20,22 @@ def merge_masks(
     frame: Frame,
     score_threshold: float = 0.8,
     overlap_threshold: float = 0.8,
-    chunk: int | None = None,
 ) -> Prediction:
     """Panoptic segments by the rules of MaskFormer (arXiv 2107.06278, section 3.4).
 
-    Queries that are sure of a class compete for each pixel by score times mask. Those that lose too
-    much of their mask are dropped; stuff of one class becomes one segment.
+    Queries that are sure of a class compete for each pixel by score times mask probability. Those
+    that lose too much of their mask are dropped. All stuff of a class becomes one segment.
 
     Args:
         classes: float [Q, C + 1], logits; the last class is "no object".
         masks: float [Q, h, w], logits over the canvas.
-        things: bool [C], classes whose objects stay apart.
-        score_threshold: queries whose probability is not above it are left out.
-        overlap_threshold: queries that win less of their own mask than this are left out.
-        chunk: see `vitdense.ops.rows.chunks`.
+        things: bool [C], classes of which every query is a segment of its own.
+        frame: where the image lies on the canvas.
+        score_threshold: queries whose best class is not more probable than this are left out.
+        overlap_threshold: queries that win a smaller share of their own mask are left out.
 
     Returns:
-        panoptic, labels and scores; a segment of stuff has the score of its surest query.
+        a prediction with `panoptic`, `labels` and `scores`; stuff has the score of its best query.
     """
     scores, labels = classes.softmax(-1).max(-1)
     scores, order = scores.sort(descending=True, stable=True)
@@ -46,7 +45,7 @@ def merge_masks(
     if not len(scores):
         void = torch.zeros(frame.original, dtype=torch.int64, device=masks.device)
         return Prediction(scores=scores, labels=labels, panoptic=void)
-    contest = _compete(masks, scores, frame, chunk)
+    contest = _compete(masks, scores, frame)
     numbers, segments = _number(contest.kept(overlap_threshold), labels, things)
     panoptic = torch.where(contest.inside, numbers[contest.winner], 0)
     return Prediction(scores=scores[segments], labels=labels[segments], panoptic=panoptic)
@@ -54,7 +53,7 @@ def merge_masks(
 
 @dataclass(slots=True)
 class _Contest:
-    """Who wins which pixel.
+    """Which query wins which pixel.
 
     Attributes:
         winner: int64 [H, W], the query that wins.
@@ -77,11 +76,11 @@ class _Contest:
         return counts.scatter_add_(0, self.winner.flatten(), where.flatten().long())
 
 
-def _compete(masks: Tensor, scores: Tensor, frame: Frame, chunk: int | None) -> _Contest:
+def _compete(masks: Tensor, scores: Tensor, frame: Frame) -> _Contest:
     winner = torch.empty(frame.original, dtype=torch.int64, device=masks.device)
     inside = torch.empty(frame.original, dtype=torch.bool, device=masks.device)
     areas = torch.zeros(len(masks), dtype=torch.int64, device=masks.device)
-    for rows, part in restored(masks, frame, chunk):
+    for rows, part in restored(masks, frame):
         own = part >= 0
         strongest = (part.sigmoid() * scores[:, None, None]).max(0).indices
         winner[rows] = strongest
@@ -91,9 +90,11 @@ def _compete(masks: Tensor, scores: Tensor, frame: Frame, chunk: int | None) -> 
 
 
 def _number(kept: Tensor, labels: Tensor, things: Tensor) -> tuple[Tensor, Tensor]:
-    """The number in the panoptic map of each query, 0 = none; and the first query of each number.
+    """Number the segments.
 
-    int64 [K], [S].
+    Returns:
+        int64 [K], the number of each query in the panoptic map, 0 = none; and int64 [S], the first
+        query of each segment.
     """
     numbers, segments = [], []
     stuff: dict[int, int] = {}
@@ -109,16 +110,16 @@ def _number(kept: Tensor, labels: Tensor, things: Tensor) -> tuple[Tensor, Tenso
 
 
 def common_runs(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Runs of pixels, row after row, over which neither of two maps changes.
+    """Runs of pixels, row after row, within which both maps are constant.
 
-    So that what a color means is looked up once per run. It compares bytes, and looks at eight
-    results at a time.
+    Colors are then looked up once for each run, not for each pixel. Fast, because bytes are
+    compared and results are read eight at a time.
 
     Args:
         first, second: colors [H, W, 3] or whole numbers [H, W], both of one type.
 
     Returns:
-        int64 [R] first pixels and [R] lengths.
+        int64 [R], the first pixel of each run, and int64 [R], its length.
     """
     pixels = first.shape[0] * first.shape[1]
     one, other = (maps.contiguous().view(torch.uint8).flatten() for maps in (first, second))

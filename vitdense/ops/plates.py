@@ -1,8 +1,9 @@
-"""Names in pictures, on plates of a color that make room for one another."""
+"""Names in pictures, on colored plates that avoid one another."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from unicodedata import combining, normalize
 
 if TYPE_CHECKING:
     from PIL import ImageDraw
@@ -11,11 +12,11 @@ Color = tuple[int, int, int]
 Rectangle = tuple[int, int, int, int]
 
 _STEPS = (0, 1, -1, 2, -2, 3, -3)
-"""Where a plate may move to, in its own heights."""
+"""How far a plate may move up or down, in its own heights, in order of preference."""
 
 
 class Plates:
-    """Names to write; those that come first get their place, later ones stand below or above.
+    """Collects names and writes them. Those added first get their place, others move up or down.
 
     Attributes:
         size: of the text, in pixels.
@@ -30,7 +31,9 @@ class Plates:
         self.names: list[tuple[str, Rectangle, Color]] = []
 
     def add(self, text: str, x: int, y: int, color: Color, centered: bool = False) -> None:
-        """Ask for a plate above (x, y), or around it; it is always inside the image."""
+        """Place a name above (x, y), or centered on it; never outside the image."""
+        # Pillow's own font, which every system has, knows no accents
+        text = "".join(letter for letter in normalize("NFKD", text) if not combining(letter))
         width, height = self.pen.im.size
         left, top, right, bottom = self.pen.textbbox((0, 0), text, font=self.font)
         wide, high = int(right - left) + 2 * self._pad, int(bottom - top) + 2 * self._pad
@@ -41,7 +44,7 @@ class Plates:
         self.names.append((text, next(free, places[0]), color))
 
     def write(self) -> None:
-        """Draw all; where there was no room, those that came first lie on top."""
+        """Draw all plates; where there was no room, those added first lie on top."""
         for text, (x, y, right, bottom), color in reversed(self.names):
             bright = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 140
             self.pen.rectangle(((x, y), (right - 1, bottom - 1)), fill=color)

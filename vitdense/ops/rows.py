@@ -1,7 +1,7 @@
 """Maps over a canvas brought back to original pixels, a few rows at a time.
 
-`Frame.restore_map` for maps that at original size do not fit into memory, or not into a cache. A
-row comes out the same, whichever rows are asked for together.
+`Frame.restore_map` for maps whose original size does not fit into memory, or into the cache. The
+result does not depend on how many rows are computed together.
 """
 
 from __future__ import annotations
@@ -16,37 +16,29 @@ from torch import Tensor
 from vitdense.structures import Frame, Size
 
 ReadRows = Callable[[int, int], Tensor]
-"""(first, last) -> float [C, last - first, w]: rows of a map, without the last."""
+"""Reads rows of a map: (first, last) -> float [C, last - first, w], `last` not included."""
 
 CHUNK = {"cpu": 2**20}
-"""Numbers that are resized at once: on a CPU what its caches hold, which is twice as fast."""
+"""How many numbers are resized at once. CPUs are twice as fast if their caches hold them."""
 
 LARGE_CHUNK = 2**26
 """The same on other devices: 256 MiB of float32."""
 
 
-def numbers_at_once(device: torch.device, chunk: int | None = None) -> int:
-    """How many numbers are best worked on together: `chunk`, or what suits the device."""
-    return chunk or CHUNK.get(device.type, LARGE_CHUNK)
+def numbers_at_once(device: torch.device) -> int:
+    """How many numbers are best worked on together on a device."""
+    return CHUNK.get(device.type, LARGE_CHUNK)
 
 
-def rows_at_once(classes: int, frame: Frame, device: torch.device, chunk: int | None = None) -> int:
-    """How many original rows are best brought back together.
-
-    Args:
-        classes: channels of the map.
-        device: where it lies.
-        chunk: numbers at once, but at least one row; by default what suits the device.
-    """
-    size = numbers_at_once(device, chunk)
-    return max(1, size // (classes * max(frame.canvas[1], frame.original[1])))
+def rows_at_once(classes: int, frame: Frame, device: torch.device) -> int:
+    """How many original rows of a map of so many channels are best brought back together."""
+    row = classes * max(frame.canvas[1], frame.original[1])
+    return max(1, numbers_at_once(device) // row)
 
 
-def chunks(
-    classes: int, frame: Frame, device: torch.device, chunk: int | None = None
-) -> Iterator[tuple[int, int]]:
-    """(first, last) of the original rows that are brought back together; see `rows_at_once`."""
-    step = rows_at_once(classes, frame, device, chunk)
+def chunks(classes: int, frame: Frame, device: torch.device) -> Iterator[tuple[int, int]]:
+    """(first, last) of each group of original rows, `last` not included; see `rows_at_once`."""
+    step = rows_at_once(classes, frame, device)
     for first in range(0, frame.original[0], step):
         yield first, min(first + step, frame.original[0])
 
@@ -57,10 +49,10 @@ def restore_rows(read: ReadRows, size: Size, frame: Frame, first: int, last: int
     Args:
         read: rows of the map over the whole canvas.
         size: (h, w) of that map, at any stride.
-        first, last: which original rows, without the last.
+        first, last: which original rows, `last` not included.
 
     Returns:
-        float [C, last - first, W] with W the original width.
+        float [C, last - first, W], W the original width.
     """
 
     def content(start: int, stop: int) -> Tensor:
@@ -72,7 +64,7 @@ def restore_rows(read: ReadRows, size: Size, frame: Frame, first: int, last: int
 
 
 def rows_needed(rows: int, size: Size, frame: Frame) -> int:
-    """How many rows of a map of `size` over the canvas so many original rows need at most."""
+    """How many rows of a map of `size` are read at most for this many original rows."""
     content = math.ceil(rows * frame.content[0] / frame.original[0]) + 2
     return min(size[0], math.ceil(content * size[0] / frame.canvas[0]) + 2)
 
@@ -95,9 +87,9 @@ def _resized_rows(read: ReadRows, source: Size, target: Size, first: int, last: 
 
 
 def _neighbours(source: int, target: int, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows between which each new row lies, and how far below the upper one.
+    """The source rows above and below each new row, and how far it lies below the upper, 0..1.
 
-    In float32, as torch does it, so that large maps come out as torch resizes them.
+    In float32, as torch computes them, so that rows of large maps equal torch's.
     """
     centres = torch.arange(first, last, dtype=torch.float32) + 0.5
     place = (centres * (source / target) - 0.5).clamp_(min=0)

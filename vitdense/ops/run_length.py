@@ -1,6 +1,6 @@
-"""Many masks as run lengths in flat tensors: encoded, measured and written on their device.
+"""COCO's run-length encoding (RLE) of many masks at once, on any device.
 
-Pixels count down the columns, as in COCO's RLE, and strings equal pycocotools', byte by byte.
+Pixels are counted down the columns, and strings equal pycocotools', byte by byte.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 from vitdense.structures import Size
 
 WORD = 8
-"""Pixels compared at once: bool masks are read as int64."""
+"""Bytes that are compared at once: bool masks are read as int64."""
 
 DIGITS = 8
-"""Characters of 5 bits that a run takes at most: enough for 2**35 pixels, and a sign."""
+"""Characters of 5 bits that a run has at most: enough for 2**35 pixels and a sign."""
 
 
 @dataclass(slots=True)
@@ -26,9 +26,8 @@ class RunLengths:
     """N masks of any sizes.
 
     Attributes:
-        edges: int32 [E]; mask i covers pixels from edges[starts[i]] up to the next edge, and so on
-            in pairs, until starts[i + 1].
-        starts: int64 [N + 1].
+        edges: int32 [E], for each mask pairs of pixels: the first of a run, and the one behind it.
+        starts: int64 [N + 1]; mask i has the edges from starts[i] up to starts[i + 1].
         sizes: int64 [N, 2], height and width.
     """
 
@@ -49,7 +48,7 @@ class RunLengths:
         return every.repeat_interleave(self.starts.diff(), output_size=len(self.edges))
 
     def parts(self) -> list[RunLengths]:
-        """The masks in parts of bounded size, without a copy of their edges."""
+        """The masks in parts of at most about MOST_EDGES edges, which are views."""
         found = []
         for part in chunks(self.starts.diff(), MOST_EDGES):
             starts = self.starts[part.start : part.stop + 1]
@@ -74,10 +73,10 @@ class RunLengths:
         return RunLengths(self.edges[places], starts, self.sizes[index])
 
     def counts(self) -> tuple[Tensor, Tensor]:
-        """Runs as COCO counts them, the first of background.
+        """COCO's uncompressed `counts`: lengths of runs, of background and mask in turn.
 
         Returns:
-            int64 [R] runs of all masks, and [N + 1] where each mask's begin.
+            int64 [R], runs of all masks, and int64 [N + 1], where those of each mask begin.
         """
         pixels, lengths = self.sizes.prod(1), self.starts.diff()
         final = self.edges[(self.starts[1:] - 1).clamp(min=0)].long() if len(self.edges) else pixels
@@ -128,7 +127,7 @@ def _boxes(masks: RunLengths) -> Tensor:
 
 
 def encode(masks: Tensor) -> RunLengths:
-    """Run lengths of bool masks [N, H, W]; takes about their memory again, and no loop.
+    """Run lengths of bool masks [N, H, W], without a loop; needs about as much memory again.
 
     Raises:
         ValueError: an image has 2**31 pixels or more.
@@ -157,7 +156,7 @@ def encode(masks: Tensor) -> RunLengths:
 
 
 def _changes(masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Image, row and column of the pixels that differ from the one above."""
+    """Image, row and column of the pixels that differ from the one above: int64 [M] each."""
     _, height, width = masks.shape
     if width % WORD:
         masks = F.pad(masks, (0, -width % WORD))
@@ -177,15 +176,15 @@ def nonzero_bytes(words: Tensor) -> Tensor:
 
 
 def from_counts(runs: Tensor, starts: Tensor, sizes: Tensor) -> RunLengths:
-    """Masks from COCO's runs, the first of background.
+    """Masks from COCO's uncompressed `counts`.
 
     Args:
-        runs: int64 [R] of all masks one after another.
-        starts: int64 [N + 1], where each mask's begin.
+        runs: int64 [R], of all masks one after the other, each beginning with background.
+        starts: int64 [N + 1], where the runs of each mask begin.
         sizes: int64 [N, 2], height and width.
 
     Raises:
-        ValueError: runs are negative or do not cover their image; says which.
+        ValueError: runs of a mask are negative or do not cover its image; says of which.
     """
     stops = runs.cumsum(0)
     before = F.pad(stops, (1, 0))[starts]
@@ -207,10 +206,10 @@ def from_counts(runs: Tensor, starts: Tensor, sizes: Tensor) -> RunLengths:
 
 
 def from_strings(strings: Sequence[str | bytes], sizes: Sequence[Size]) -> RunLengths:
-    """Masks from the `counts` of COCO's compressed RLEs and their (height, width).
+    """Masks from the `counts` of COCO's compressed RLEs, and (height, width) of each.
 
     Raises:
-        ValueError: a string is none; says which.
+        ValueError: a string is no compressed RLE, or does not cover its image; says which.
     """
     data = [text.encode() if isinstance(text, str) else bytes(text) for text in strings]
     shape = torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2)
@@ -230,7 +229,7 @@ def from_strings(strings: Sequence[str | bytes], sizes: Sequence[Size]) -> RunLe
 
 
 def _numbers(codes: Tensor, last: Tensor, lengths: Tensor) -> Tensor:
-    """Signed numbers of 5 bits a code, lowest first, that end at `last`."""
+    """Decode signed numbers, written in 5 bits a code, lowest first; each ends at its `last`."""
     owner = torch.arange(len(last)).repeat_interleave(lengths)
     place = torch.arange(len(codes)) - (last - lengths + 1)[owner]
     if (lengths > DIGITS).any():
@@ -240,7 +239,7 @@ def _numbers(codes: Tensor, last: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _relative(values: Tensor, starts: Tensor) -> Tensor:
-    """Undo that each run but the first three is written relative to the one before last."""
+    """Undo that strings hold all runs but the first three as differences to the one before last."""
     place = _places(starts, len(values))
     owner = torch.arange(len(starts) - 1).repeat_interleave(starts.diff())
     runs = values.clone()
@@ -251,7 +250,7 @@ def _relative(values: Tensor, starts: Tensor) -> Tensor:
 
 
 def join(parts: Sequence[RunLengths]) -> RunLengths:
-    """All masks of several."""
+    """The masks of all parts, in one."""
     lengths = torch.cat([part.starts.diff() for part in parts])
     return RunLengths(
         torch.cat([part.edges for part in parts]),
@@ -261,18 +260,18 @@ def join(parts: Sequence[RunLengths]) -> RunLengths:
 
 
 def spread(starts: Tensor, lengths: Tensor) -> Tensor:
-    """The int64 positions starts[0], starts[0] + 1, ... of spans with these lengths, in a row."""
+    """All positions within spans, span after span: starts[0], starts[0] + 1, ..., int64."""
     ends = lengths.cumsum(0)
     offsets = (starts - ends + lengths).repeat_interleave(lengths)
     return offsets + torch.arange(len(offsets), device=offsets.device)
 
 
 MOST_EDGES = 1 << 22
-"""Edges that are worked on at once: some 200 MB."""
+"""How many edges are worked on at once: takes some 200 MB."""
 
 
 def chunks(sizes: Tensor, most: int) -> list[slice]:
-    """Slices of the items so that the sizes in each sum to `most`, or little more."""
+    """Slices of items whose sizes sum to about `most` each."""
     if len(sizes) == 0:
         return []
     ends = sizes.cumsum(0)
@@ -283,6 +282,6 @@ def chunks(sizes: Tensor, most: int) -> list[slice]:
 
 
 def _places(starts: Tensor, total: int) -> Tensor:
-    """How far each of `total` elements stands from the start of its span."""
+    """Index of each of `total` elements within its span, int64 [total]."""
     first = starts[:-1].repeat_interleave(starts.diff(), output_size=total)
     return torch.arange(total, device=starts.device) - first

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vitdense.engine.runtime import autocast, to_float
 from vitdense.heads.base import Head
 from vitdense.models.base import Model
-from vitdense.structures import Level, Prediction, Size, Target, Task
+from vitdense.structures import Level, Prediction, Size, Target
 from vitdense.testing import probes
 from vitdense.testing.predictions import agreement, check_prediction, check_semantic_logits
 from vitdense.testing.probes import require
@@ -53,7 +53,7 @@ def check_head(
 
     name = getattr(cls, "__name__", type(cls).__name__)
     with probes.seeded():
-        require(isinstance(build(), Head), f"{name} must derive from vitdense.heads.base.Head")
+        probes.check_contract("head", build())
         _Subject(name, build, inputs, canvas, num_classes).check()
 
 
@@ -81,7 +81,7 @@ def check_model(
     with probes.seeded():
         facts = (num_classes, image_classes) if image_classes else (num_classes,)
         model = cls(*facts, **options)
-        require(isinstance(model, Model), f"{name} must derive from vitdense.models.base.Model")
+        probes.check_contract("model", model)
         require(
             isinstance(getattr(model, "divisor", None), int) and model.divisor > 0,
             f"{name}.divisor must be a positive int, set in __init__: the loader pads to it",
@@ -112,6 +112,7 @@ class _Subject:
         """All checks, the simplest first."""
         module = self.build()
         self._check_facts(module)
+        probes.check_state(self.name, module)
         probes.shake(module)
         keys = self._check_training(module)
         self._check_autocast(module, keys)
@@ -123,13 +124,8 @@ class _Subject:
         return [probes.make_target(self.canvas, self.num_classes, count) for count in objects]
 
     def _check_facts(self, module: Any) -> None:
-        tasks = get_args(Task)
         require(
-            getattr(module, "task", None) in tasks,
-            f"{self.name}.task must be one of {', '.join(tasks)}: it chooses the metric",
-        )
-        require(
-            getattr(module, "num_classes", None) == self.num_classes,
+            module.num_classes == self.num_classes,
             f"{self.name}.num_classes must be the number it was built with",
         )
 

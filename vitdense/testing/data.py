@@ -43,13 +43,14 @@ def check_dataset(
     """
     name = getattr(cls, "__name__", type(cls).__name__)
     dataset = cls(Path(root), split, **options)
+    probes.check_contract("dataset", dataset)
     dataset.channels = channels
-    require(isinstance(dataset, Dataset), f"{name} must derive from vitdense.data.base.Dataset")
     _check_classes(name, dataset)
     require(len(dataset) > 0, f"{name}: no samples in split '{split}' of {root}")
     indices = range(min(samples, len(dataset)))
     found = [dataset[index] for index in indices]
     for index, sample in enumerate(found):
+        _require_sample(f"{name}[{index}]", sample)
         _check_sample(name, sample, dataset)
         _check_labels(name, dataset.labels(index), sample.target, index)
     ids = [sample.image_id for sample in found]
@@ -104,13 +105,14 @@ def check_policy(cls: Callable[..., Policy], *, channels: int = 3, **options: An
     name = getattr(cls, "__name__", type(cls).__name__)
     with probes.seeded():
         policy = cls(**options)
-        require(isinstance(policy, Policy), f"{name} must derive from vitdense.data.base.Policy")
+        probes.check_contract("transform", policy)
         for seed, (size, objects) in enumerate((((70, 101), 3), ((96, 64), 0), ((50, 50), 9))):
             sample = _make_sample(size, objects, channels, deep=objects == 9)
             before = pickle.dumps(sample)
             for part in ("train", "evaluate"):
                 torch.manual_seed(seed)
                 first = getattr(policy, part)(sample)
+                _require_sample(f"{name}.{part}", first)
                 torch.manual_seed(seed)
                 second = getattr(policy, part)(pickle.loads(before))
                 require(
@@ -147,6 +149,15 @@ def _check_classes(name: str, dataset: Dataset) -> None:
         len(ids) == len(classes) and len(set(ids)) == len(ids),
         f"{name}.category_ids must hold one number per class, each once: "
         f"{len(ids)} ids for {len(classes)} classes",
+    )
+
+
+def _require_sample(what: str, sample: object) -> None:
+    target = getattr(sample, "target", None)
+    require(
+        isinstance(sample, Sample) and isinstance(target, Target),
+        f"{what} must be a Sample with a Target, both of vitdense.structures; it is a "
+        f"{type(sample).__name__}" + (f" with a {type(target).__name__}" if target else ""),
     )
 
 
@@ -261,7 +272,7 @@ def _check_prepared(
         f"channels that came in, it returned {after.image.dtype} {tuple(after.image.shape)} up to "
         f"{after.image.max():g}; the model normalises",
     )
-    size = (after.image.shape[1], after.image.shape[2])
+    size = after.size
     same_facts = (after.image_id, after.original, after.path) == (
         before.image_id, before.original, before.path,
     )  # fmt: skip

@@ -38,10 +38,8 @@ def check_backbone(
     name = _name(cls)
     with probes.seeded():
         backbone = cls(**options)
-        require(
-            isinstance(backbone, Backbone),
-            f"{name} must derive from vitdense.backbones.base.Backbone",
-        )
+        probes.check_contract("backbone", backbone)
+        probes.check_state(name, backbone)
         probes.check_levels(name, backbone.levels)
         _check_constants(name, backbone)
         for size in sizes:
@@ -76,7 +74,8 @@ def check_neck(
     name = _name(cls)
     with probes.seeded():
         neck = cls(list(levels), **options)
-        require(isinstance(neck, Neck), f"{name} must derive from vitdense.necks.base.Neck")
+        probes.check_contract("neck", neck)
+        probes.check_state(name, neck)
         probes.check_levels(name, neck.levels)
         features = [item.detach() for item in probes.make_maps(levels, size, 2)]
         before = [item.clone() for item in features]
@@ -133,13 +132,6 @@ def _check_copies_of(
 
 
 def _check_constants(name: str, backbone: Backbone) -> None:
-    for key in ("mean", "std"):
-        values = getattr(backbone, key)
-        require(
-            len(values) == backbone.in_chans,
-            f"{name}.{key} has {len(values)} values for in_chans={backbone.in_chans}: "
-            "give one per channel",
-        )
     names = {key for key, _ in backbone.named_parameters()}
     for key, told in (
         ("layer_depths", set(backbone.layer_depths())),

@@ -34,7 +34,7 @@ def check_metric(cls: Callable[..., Metric], **options: Any) -> None:
     name = getattr(cls, "__name__", type(cls).__name__)
     with probes.seeded():
         metric = cls(list(CLASSES), **options)
-        require(isinstance(metric, Metric), f"{name} must derive from vitdense.metrics.base.Metric")
+        probes.check_contract("metric", metric)
         targets = [probes.make_target(SIZE, len(CLASSES), count) for count in (3, 2, 0, 3)]
     right = [_answer(target) for target in targets]
     wrong = [_answer(_renamed(target)) for target in targets]

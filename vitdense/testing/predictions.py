@@ -25,6 +25,10 @@ def check_prediction(
     Raises:
         AssertionError: begins with `name`.
     """
+    require(
+        isinstance(prediction, Prediction),
+        f"{name}: give a Prediction for each image, not a {type(prediction).__name__}",
+    )
     missing = [key for key in FIELDS[task] if getattr(prediction, key) is None]
     require(not missing, f"{name}: a {task} answer must hold {missing}, which are None")
     _check_objects(name, prediction, num_classes)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitdense.config import contract
 from vitdense.structures import IGNORE, Frame, Level, Size, Target
 
 IMAGE_CLASSES = 3
@@ -98,6 +99,25 @@ def shake(module: nn.Module) -> None:
         for parameter in module.parameters():
             if parameter.is_floating_point():
                 parameter.add_(torch.randn_like(parameter) * 0.02)
+
+
+def check_contract(kind: str, part: object) -> None:
+    """The part is of its kind, and has what every part of it has."""
+    message = contract.fault(kind, part)
+    require(message is None, message or "")
+
+
+def check_state(name: str, module: nn.Module) -> None:
+    """No tensor stays behind when the module goes to another device."""
+    for path, inner in module.named_modules():
+        for key, value in vars(inner).items():
+            held = value if isinstance(value, (list, tuple)) else [value]
+            require(
+                not any(isinstance(item, Tensor) for item in held),
+                f"{name}: `{'.'.join(filter(None, [path, key]))}` holds a tensor that stays on the "
+                "CPU when the model goes to a GPU; use register_buffer, with persistent=False if "
+                "it can be computed again",
+            )
 
 
 def check_gradients(name: str, module: nn.Module, situation: str) -> None:

@@ -13,7 +13,7 @@ SHORTEST, LONGEST, SHARE = 10.0, 300.0, 0.01
 
 
 def console(title: str, fraction: float = 0.0, headline: str = "") -> Observer:
-    """What fits where standard error goes.
+    """A progress bar where standard error is a terminal, else plain lines.
 
     Args:
         title: name of the run.

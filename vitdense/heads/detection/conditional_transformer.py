@@ -1,4 +1,4 @@
-"""Decoder layers whose queries tell apart what they look for and where (Meng et al. 2021)."""
+"""Decoder layers of Conditional DETR (Meng et al. 2021): what to look for, apart from where."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitdense.layers.attention import attend
+from vitdense.layers.attention import attend, check_heads
 from vitdense.layers.linear import Linear
 from vitdense.layers.mlp import FeedForward
 
 
 class ConditionalSelfAttention(nn.Module):
-    """Queries attend to each other; their content and their place are projected apart."""
+    """Queries attend to each other; content and place have projections of their own."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -36,14 +36,14 @@ class ConditionalSelfAttention(nn.Module):
 
 
 class ConditionalCrossAttention(nn.Module):
-    """Likeness is that of the contents plus that of the places, in every head.
+    """Attention logits are the product of the contents plus that of the places, in every head.
 
     Args:
         width: of queries and cells.
         heads: of attention.
         dropout: of the attention weights.
-        first: whether it is in the first layer, where queries have no content yet: there the
-            contents are added to the places, as in DETR.
+        first: whether it is in the first layer, where queries have no content yet; there places
+            are also added to the contents, as in DETR.
     """
 
     def __init__(self, width: int, heads: int, dropout: float, first: bool) -> None:
@@ -57,11 +57,11 @@ class ConditionalCrossAttention(nn.Module):
     def forward(
         self, queries: Tensor, places: Tensor, spatial: Tensor, positions: Tensor, cells: Tensor
     ) -> Tensor:
-        """Look at the cells.
+        """Attend to the cells.
 
         Args:
             queries: float [B, Q, width], the content.
-            places: float [B or 1, Q, width], read by the first layer alone.
+            places: float [B or 1, Q, width]; only the first layer reads them.
             spatial: float [B or 1, Q, width], the sine embedding of where to look.
             positions: float [1, S, width], the sine embedding of the cells.
             cells: float [B, S, width].
@@ -115,19 +115,8 @@ class ConditionalDecoderLayer(nn.Module):
 
 
 def projection(width: int) -> nn.Linear:
-    """A linear layer of equal widths, Xavier-uniform and without a shift at first."""
+    """A linear layer of equal widths, Xavier-uniform, its bias zero."""
     linear = Linear(width, width)
     nn.init.xavier_uniform_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear
-
-
-def check_heads(width: int, heads: int) -> int:
-    """The heads, if they divide the width.
-
-    Raises:
-        ValueError: if they do not.
-    """
-    if width % heads:
-        raise ValueError(f"heads: {heads} does not divide the width {width}")
-    return heads

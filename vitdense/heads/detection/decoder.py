@@ -1,4 +1,4 @@
-"""The decoder that deformable heads share: layers of queries, each correcting its boxes."""
+"""The decoder that deformable heads share: each layer updates the queries and their boxes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Decoder(nn.Module):
     Args:
         layers: of the kind `DeformableDecoderLayer`.
         predictors: one for each layer, or one for all.
-        place: makes the queries' positions [B, Q, width] from their references [B, Q, 4]; None
-            if the caller gives them.
-        norm: of every layer's queries before they are read.
-        refine: each layer corrects the boxes of the one before, and looks around them; else all
-            correct and look around the first references.
-        look_twice: the loss of a layer's box also trains the box of the layer before, and none
-            further back (Zhang et al. 2023, DINO, section 3.5).
+        place: makes positions [B, Q, width] of the queries from their references [B, Q, 4]; None
+            if the caller gives the positions.
+        norm: applied to each layer's queries before the predictor reads them.
+        refine: each layer corrects the boxes of the layer before, and looks around them; otherwise
+            every layer corrects, and looks around, the first references.
+        look_twice: "look forward twice" (Zhang et al. 2023, DINO, section 3.5): the loss of a box
+            also trains the box of the layer before, but none further back.
     """
 
     def __init__(
@@ -65,13 +65,13 @@ class Decoder(nn.Module):
             references: float [B, Q, 2 or 4], points or boxes (cxcywh) in 0..1.
             memory: float [B, S, width], the cells of all levels.
             shapes: (height, width) of each level.
-            places: float [B, Q, width], where the decoder makes none.
+            places: float [B, Q, width], positions of the queries, unless `place` makes them.
             mask: bool [Q, Q], which other queries (columns) each may see.
-            groups: sets of queries, one after the other, that do not see each other.
-            embed: makes mask embeddings [B, Q, M] of each layer's queries, where masks are wanted.
+            groups: how many groups the queries consist of; they do not see each other.
+            embed: makes mask embeddings [B, Q, M] of each layer's queries; None without masks.
 
         Returns:
-            predictions of every layer, with the `embeddings` among their `details`.
+            predictions of every layer; their `details` have the `embeddings`, if there are any.
         """
         logits, boxes, embeddings = [], [], []
         looked_at = references
@@ -87,7 +87,7 @@ class Decoder(nn.Module):
             if embed is not None:
                 embeddings.append(embed(read))
             if self.refine and i + 1 < len(self.layers):
-                # without the norm, as in the code and the weights of DINO and its descendants
+                # from queries without the norm, as in DINO's code and weights
                 if self.norm is not None:
                     deltas = predict.boxes(queries)
                 moved = predict.move(looked_at, deltas)

@@ -14,7 +14,7 @@ from vitdense.heads.detection.deformable_transformer import (
 )
 from vitdense.heads.detection.inputs import LevelInputs, choose_levels, flatten_levels
 from vitdense.heads.detection.proposals import FirstStage, cell_anchors
-from vitdense.heads.detection.queries import QueryOutputs, SigmoidQueryHead
+from vitdense.heads.detection.queries import QueryHead, QueryOutputs
 from vitdense.layers.position import box_embedding
 from vitdense.losses.classification import FocalLoss
 from vitdense.losses.set_criterion import Queries, SetCriterion
@@ -23,7 +23,7 @@ from vitdense.structures import Level, Target
 
 
 @HEADS.register("deformable_detr")
-class DeformableDetrHead(SigmoidQueryHead):
+class DeformableDetrHead(QueryHead):
     """Deformable DETR: attention to a few points on several levels, in encoder and decoder."""
 
     def __init__(
@@ -31,23 +31,23 @@ class DeformableDetrHead(SigmoidQueryHead):
         levels: list[Level],
         num_classes: int,
         *,
-        input_levels: list[int] | None = None,  # which to read; by default strides from 8
+        input_levels: list[int] | None = None,  # which to read; by default those of stride 8 and up
         num_levels: PositiveInt = 4,  # levels of attention; those missing are made from the last
-        width: PositiveInt = 256,  # of the queries and of the cells
-        heads: PositiveInt = 8,  # of attention
+        width: PositiveInt = 256,  # channels of the queries and of the maps
+        heads: PositiveInt = 8,  # attention heads
         points: PositiveInt = 4,  # sampled by each head on each level
         ffn: PositiveInt = 1024,  # hidden width of the feed-forward layers
         encoder_layers: NonNegativeInt = 6,  # layers of deformable attention over the cells
         checkpointing: bool = False,  # recompute the encoder in backward: less memory, more time
-        decoder_layers: PositiveInt = 6,  # layers of queries over the cells
+        decoder_layers: PositiveInt = 6,  # layers in which queries attend to the maps
         queries: PositiveInt = 300,  # most objects that an image can have
         dropout: Fraction = 0.1,  # in every transformer layer
-        two_stage: bool = True,  # queries are the best cells of the encoder, not learned
+        two_stage: bool = True,  # queries start from the best cells of the encoder; else learned
         class_aware_proposals: bool = False,  # the first stage tells classes apart
         box_refinement: bool = True,  # each layer corrects the boxes of the one before
         aux_loss: bool = True,  # train every decoder layer, not just the last
         max_detections: PositiveInt = 100,  # best ones kept for each image
-        score_threshold: Fraction = 0.0,  # less sure answers are left out; metrics want all
+        score_threshold: Fraction = 0.0,  # answers of a lower score are left out; metrics want all
         nms: Fraction | None = None,  # overlap from which the lesser box of a class is dropped
     ) -> None:
         super().__init__(levels, num_classes, max_detections, nms, score_threshold)
@@ -95,9 +95,8 @@ class DeformableDetrHead(SigmoidQueryHead):
 
     def forward(self, features: list[Tensor], targets: list[Target] | None = None) -> QueryOutputs:
         """Outputs with C = num_classes logits."""
-        maps = self.inputs([features[i] for i in self.input_levels])
-        shapes = [(x.shape[-2], x.shape[-1]) for x in maps]
-        memory = self.encoder(flatten_levels(maps), shapes)
+        memory, shapes = flatten_levels(self.inputs([features[i] for i in self.input_levels]))
+        memory = self.encoder(memory, shapes)
         others: dict[str, Queries] = {}
         if self.two_stage:
             anchors = cell_anchors(shapes, self.first_stage.predictor.classes.weight)

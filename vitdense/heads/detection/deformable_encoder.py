@@ -20,7 +20,7 @@ class DeformableEncoder(nn.Module):
         layers: of the kind `DeformableEncoderLayer`.
         levels, width: of the cells.
         offset, temperature: of the sine positions.
-        checkpointing: backward computes the layers again instead of keeping what they made.
+        checkpointing: the backward pass computes layers again instead of keeping activations.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class DeformableEncoder(nn.Module):
     def _positions(self, shapes: list[Size], level_embed: Tensor) -> Tensor:
         """Position and level of each cell, float [1, S, width].
 
-        Like a parameter, not like the cells: under autocast those are too coarse for angles.
+        In the type of the parameters: under autocast that of the cells is too coarse for angles.
         """
         width = level_embed.shape[-1]
         levels = [

@@ -1,4 +1,4 @@
-"""Encoder and decoder layers with deformable attention, and what reads queries."""
+"""Encoder and decoder layers with deformable attention, and predictors of class and box."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from vitdense.layers.attention import Attention
 from vitdense.layers.deformable_attention import DeformableAttention
 from vitdense.layers.linear import Linear
-from vitdense.layers.mlp import MLP, FeedForward
+from vitdense.layers.mlp import MLP, FeedForward, start_at_zero
 from vitdense.structures import Size
 
 EPS = 1e-5
 """Coordinates are kept this far from 0 and 1 before their logit is taken."""
+
+RARE = -math.log(99)
+"""First logit of every class: a probability of 0.01, so that negatives do not drown all else."""
 
 
 class DeformableEncoderLayer(nn.Module):
@@ -44,7 +47,8 @@ class DeformableDecoderLayer(nn.Module):
 
     Args:
         width: of queries and cells.
-        heads: of attention among the queries; `cross_heads` of that to the cells, if others.
+        heads: of attention among the queries.
+        cross_heads: of attention to the cells; None = `heads`.
         hidden: width of the feed-forward layer.
         levels, points, reach: of the deformable attention.
     """
@@ -89,7 +93,7 @@ class DeformableDecoderLayer(nn.Module):
             memory: float [B, S, width], the cells of all levels.
             shapes: (height, width) of each level.
             mask: bool [Q, Q], which other queries (columns) each may see.
-            groups: sets of queries, one after the other, that do not see each other.
+            groups: how many groups the queries consist of; they do not see each other.
         """
         update = _attend_in_groups(self.self_attention, queries, places, mask, groups)
         queries = self.self_norm(queries + self.dropout(update))
@@ -97,7 +101,7 @@ class DeformableDecoderLayer(nn.Module):
         return self.feed_forward(self.merge(queries, self.dropout(update)))
 
     def merge(self, queries: Tensor, update: Tensor) -> Tensor:
-        """Queries with what they saw in the cells."""
+        """Queries and what they saw in the cells, normed."""
         return self.cross_norm(queries + update)
 
 
@@ -112,22 +116,20 @@ def _attend_in_groups(
 
 
 class Predictor(nn.Module):
-    """Class and box of each query, for sigmoid losses and boxes relative to references."""
+    """Class and box of each query, for sigmoid losses and boxes relative to references.
+
+    Args:
+        start: initial logit of widths and heights, for references that are points.
+        eps: how far coordinates of references are kept from 0 and 1.
+    """
 
     def __init__(self, width: int, classes: int, start: float = 0.0, eps: float = EPS) -> None:
-        """`start` is the first logit of widths and heights where references have none; `eps` keeps
-        coordinates of references from 0 and 1.
-        """
         super().__init__()
         self.eps = eps
         self.classes = Linear(width, classes)
-        self.boxes = MLP(width, width, width, 4)
-        # every class starts at a probability of 0.01, so that the negatives do not drown all else
-        nn.init.constant_(self.classes.bias, -math.log(99))
-        *_, weight, bias = self.boxes.parameters()
-        nn.init.zeros_(weight)
-        nn.init.zeros_(bias)
-        nn.init.constant_(bias[2:], start)
+        self.boxes = start_at_zero(MLP(width, width, width, 4))
+        nn.init.constant_(self.classes.bias, RARE)
+        nn.init.constant_(self.boxes.layers[-1].bias[2:], start)  # type: ignore[index]
 
     def forward(self, queries: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
         """Predict.
@@ -142,8 +144,8 @@ class Predictor(nn.Module):
         return self.classes(queries), self.move(references, self.boxes(queries))
 
     def move(self, references: Tensor, deltas: Tensor) -> Tensor:
-        """References moved in the logits of their coordinates."""
-        # not by torch.logit, which clamps both parts of the fraction at once, unlike public code
+        """References moved by deltas of the logits of their coordinates, float [..., 4] in 0..1."""
+        # torch.logit would clamp to 1 - eps where DETR's code divides 1 by eps
         logits = references.clamp(min=self.eps).log() - (1 - references).clamp(min=self.eps).log()
         if references.shape[-1] == 2:
             logits = F.pad(logits, (0, 2))
@@ -154,7 +156,7 @@ class ScaledPredictor(Predictor):
     """Boxes move by widths and heights of their references and grow by factors, as in R-CNN."""
 
     def move(self, references: Tensor, deltas: Tensor) -> Tensor:
-        """Reference boxes moved in their own sizes; not bounded to 0..1."""
+        """Reference boxes moved in units of their own size; not bounded to 0..1."""
         # a factor of half precision is coarse, and overflows from exp(11) on
         deltas = deltas.to(torch.promote_types(deltas.dtype, torch.float32))
         size = references[..., 2:]

@@ -20,8 +20,8 @@ class NoisyQueries(NamedTuple):
     Attributes:
         queries: float [B, D, width].
         references: float [B, D, 4], cxcywh in 0..1.
-        groups: D consists of this many groups: first the positives of each truth, then the
-            negatives.
+        groups: how many groups the D queries consist of; in each first one positive for each
+            truth, then as many negatives.
         matches: int64 [B, T], the query of each truth within its group, -1 for padding.
     """
 
@@ -33,16 +33,17 @@ class NoisyQueries(NamedTuple):
     def mask(self, ordinary: int) -> Tensor:
         """bool [D + ordinary, D + ordinary]: which queries (columns) each may see.
 
-        A group sees itself and the ordinary queries; those must not see the truth.
+        A group sees itself and the ordinary queries. These see only each other, as all others are
+        made of the truth.
         """
         count, device = self.queries.shape[1], self.queries.device
         group = torch.arange(count, device=device) // (count // self.groups)
         group = torch.cat((group, group.new_full((ordinary,), -1)))
         return (group[:, None] == group) | (group == -1)
 
-    @torch.compiler.disable  # else it would be compiled for each number of groups
+    @torch.compiler.disable  # otherwise it is compiled again for each number of groups
     def split(self, decoded: Queries) -> tuple[Queries, Queries]:
-        """Predictions [L, B, D + Q, ...] -> those of the noisy queries, and the rest."""
+        """Predictions [L, B, D + Q, ...] -> those of the D noisy queries, and of the Q others."""
         count = self.queries.shape[1]
         noisy, rest = (
             Queries(
@@ -56,13 +57,14 @@ class NoisyQueries(NamedTuple):
 
 
 class Denoising(nn.Module):
-    """Makes noisy queries: positives to be restored, and worse negatives to be rejected.
+    """Makes noisy queries: positives, whose truth is to be restored, and negatives, noisier ones.
 
     Args:
-        queries: about how many positives there are for each image, over all groups; an image with
-            more objects has one group.
+        queries: how many positives an image has in all groups, about; with more objects than that
+            there is one group.
         label_noise: twice the share of labels that are drawn anew.
-        box_noise: how far corners move, in half boxes; those of negatives up to twice as far.
+        box_noise: how far corners of positives move at most, in half widths and heights; those of
+            negatives move up to twice as far.
     """
 
     def __init__(
@@ -75,7 +77,7 @@ class Denoising(nn.Module):
         self.classes = nn.Embedding(num_classes + 1, width, padding_idx=num_classes)
 
     def forward(self, truths: Truths) -> NoisyQueries:
-        """Noisy queries for a batch; one group of padding if it has no truth at all."""
+        """Noisy queries for a batch; without any truth, one group of padding."""
         most = max(truths.counts, default=0)
         size = max(most, 1)
         groups = max(1, self.queries // size) if most else 1

@@ -17,7 +17,7 @@ from vitdense.heads.detection.detr_queries import (
     xavier,
 )
 from vitdense.heads.detection.detr_transformer import DetrDecoderLayer, DetrEncoderLayer
-from vitdense.heads.detection.queries import QueryOutputs, SigmoidQueryHead
+from vitdense.heads.detection.queries import QueryHead, QueryOutputs
 from vitdense.layers.conv import Conv
 from vitdense.layers.linear import Linear
 from vitdense.layers.mlp import MLP
@@ -28,18 +28,18 @@ from vitdense.registry import HEADS, Fraction
 from vitdense.structures import Level, Target
 
 KINDS = ("learned", "conditional", "dab")
-"""Of queries."""
+"""Values of `query_kind`."""
 
 
 @HEADS.register("detr")
-class DetrHead(SigmoidQueryHead):
-    """DETR, the classic: a fixed set of queries, and global attention on one level.
+class DetrHead(QueryHead):
+    """DETR: learned queries, and global attention on one level.
 
-    - `learned` queries are vectors; classes compete by softmax with "no object" (DETR).
-    - `conditional` ones have a point each, around which they look (Meng et al. 2021).
-    - `dab` ones are boxes that every layer corrects (Liu et al. 2022).
+    - `learned` queries are vectors; classes compete with "no object" in a softmax (DETR).
+    - `conditional` queries have a point each, around which they look (Meng et al. 2021).
+    - `dab` queries are boxes that every layer corrects (Liu et al. 2022).
 
-    The latter two train by focal loss on independent classes, in their papers for 50 epochs.
+    The last two have independent classes, trained by focal loss.
     """
 
     def __init__(
@@ -49,16 +49,16 @@ class DetrHead(SigmoidQueryHead):
         *,
         level: int = -1,  # which level of the pyramid it reads; -1 is the coarsest
         query_kind: Literal["learned", "conditional", "dab"] = "learned",  # vectors, points, boxes
-        width: PositiveInt = 256,  # of the queries and of the cells
-        heads: PositiveInt = 8,  # of attention
+        width: PositiveInt = 256,  # channels of the queries and of the maps
+        heads: PositiveInt = 8,  # attention heads
         ffn: PositiveInt = 2048,  # hidden width of the feed-forward layers
         encoder_layers: NonNegativeInt = 6,  # layers of self-attention over the cells
-        decoder_layers: PositiveInt = 6,  # layers of queries over the cells
+        decoder_layers: PositiveInt = 6,  # layers in which queries attend to the maps
         queries: PositiveInt = 100,  # most objects that an image can have
         dropout: Fraction = 0.1,  # in every transformer layer
         aux_loss: bool = True,  # train every decoder layer, not just the last
         max_detections: PositiveInt = 100,  # best ones kept for each image
-        score_threshold: Fraction = 0.0,  # less sure answers are left out; metrics want all
+        score_threshold: Fraction = 0.0,  # answers of a lower score are left out; metrics want all
         nms: Fraction | None = None,  # overlap from which the lesser box of a class is dropped
     ) -> None:
         super().__init__(levels, num_classes, max_detections, nms, score_threshold)
@@ -116,7 +116,7 @@ class DetrHead(SigmoidQueryHead):
         """Outputs with C = num_classes logits; for learned queries one more, "no object"."""
         cells = self.input(features[self.level])
         height, width = cells.shape[-2:]
-        # like a parameter, not like the cells: under autocast those are too coarse for angles
+        # in the type of a parameter: under autocast that of the cells is too coarse for angles
         positions = sine_position(
             height,
             width,
@@ -140,7 +140,7 @@ class DetrHead(SigmoidQueryHead):
         return cells
 
     def _decode(self, cells: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries [L, B, Q, width] and what their boxes are relative to, [L, B, Q, 4] logits."""
+        """Queries [L, B, Q, width], and logits [L, B, Q, 4] that their boxes are relative to."""
         keys = cells + positions if self.query_kind == "learned" else positions
         looked_at = references = self.queries.references()
         content = references.new_zeros(len(cells), references.shape[1], self.width)
@@ -156,7 +156,7 @@ class DetrHead(SigmoidQueryHead):
         return torch.stack(outputs[start:]), torch.stack(anchors[start:])
 
     def candidates(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Every pair of query and class; of learned queries each its best class."""
+        """Every pair of query and class; for learned queries, each query with its best class."""
         if self.query_kind != "learned":
             return super().candidates(logits)
         scores, labels = logits.softmax(-1)[..., :-1].max(-1)  # "no object" apart

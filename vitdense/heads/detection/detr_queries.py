@@ -1,9 +1,9 @@
-"""What the queries of `detr` are, and how they tell the attention where to look.
+"""The kinds of queries of `detr`: what is learned for each, and where it lets attention look.
 
-Each kind holds what is learned for every query. `references` gives what boxes are relative to, as
-logits of cxcywh; called in front of a decoder layer it gives what that layer reads beside the
-content; between two layers `refine` gives the references that boxes are relative to from now on,
-and the same to look at.
+- `references()`: logits of cxcywh, float [1, Q, 4], to which boxes of the first layer are relative.
+- `forward(...)`: what a decoder layer reads beside the content of the queries.
+- `refine(...)`: after a layer, the references that boxes are relative to from then on, and those
+  that attention looks at, which may be the same without a gradient.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from vitdense.layers.mlp import MLP
 from vitdense.layers.position import box_embedding
 
 LIMIT = math.log(1e5 - 1)
-"""Logits of references stay within: coordinates from 1e-5 to 1 - 1e-5."""
+"""Bound on logits of references: coordinates lie in 1e-5 .. 1 - 1e-5."""
 
 SMALLEST = 1e-4
-"""Side of a reference box, as a share of the image, below which attention narrows no further."""
+"""Attention is as narrow as the reference box, but not narrower than this share of the image."""
 
 
 class LearnedQueries(nn.Module):
@@ -32,7 +32,7 @@ class LearnedQueries(nn.Module):
         self.weight = nn.Parameter(torch.randn(count, width))
 
     def references(self) -> Tensor:
-        """Boxes are relative to nothing: float [1, Q, 4], zeros."""
+        """Zeros, float [1, Q, 4]: boxes are relative to nothing."""
         return self.weight.new_zeros(1, len(self.weight), 4)
 
     def forward(self, references: Tensor, content: Tensor, first: bool) -> tuple[Tensor, ...]:
@@ -42,14 +42,14 @@ class LearnedQueries(nn.Module):
     def refine(
         self, references: Tensor, content: Tensor, predict: nn.Module
     ) -> tuple[Tensor, Tensor]:
-        """The same references twice."""
+        """The references unchanged, for boxes and for attention."""
         return references, references
 
 
 class PointQueries(LearnedQueries):
     """Vectors with a point each, around which attention looks (Meng et al. 2021, Conditional DETR).
 
-    The sine embedding of the point is scaled by what the content asks for: which way to look.
+    The content scales the sine embedding of the point, which says in which direction to look.
     """
 
     def __init__(self, count: int, width: int, layers: int) -> None:
@@ -59,7 +59,7 @@ class PointQueries(LearnedQueries):
 
     def references(self) -> Tensor:
         """The points, without a size: float [1, Q, 4]."""
-        # autocast makes them too coarse for angles
+        # back from autocast's type, which is too coarse for angles
         points = self.point(self.weight).to(self.weight.dtype).clamp(-LIMIT, LIMIT)
         return F.pad(points, (0, 2))[None]
 
@@ -74,8 +74,8 @@ class PointQueries(LearnedQueries):
 class BoxQueries(nn.Module):
     """Boxes that every layer corrects, and nothing else (Liu et al. 2022, DAB-DETR).
 
-    The embedding of a box's centre is scaled by what the content asks for, and along each axis by
-    the side that the content asks for over that of the box: attention is as wide as the object.
+    The content scales the sine embedding of a box's centre. It also predicts a width and a height,
+    and each axis is scaled by their ratio to those of the box: attention is as wide as the object.
     """
 
     def __init__(self, count: int, width: int, layers: int) -> None:
@@ -105,7 +105,7 @@ class BoxQueries(nn.Module):
     def refine(
         self, references: Tensor, content: Tensor, predict: nn.Module
     ) -> tuple[Tensor, Tensor]:
-        """The boxes moved; the next layer's loss trains the move, but not where it looks."""
+        """The moved boxes: for the next boxes with a gradient, for attention without one."""
         moved = (references + predict(content)).clamp(-LIMIT, LIMIT)
         return moved, moved.detach()
 
@@ -117,7 +117,7 @@ def place_embedding(references: Tensor, width: int) -> Tensor:
 
 
 def xavier(mlp: MLP) -> MLP:
-    """The same, initialised as both papers' code does with all that is in the transformer."""
+    """The MLP with Xavier-uniform weights, as in the code of both papers."""
     for parameter in mlp.parameters():
         if parameter.ndim > 1:
             nn.init.xavier_uniform_(parameter)

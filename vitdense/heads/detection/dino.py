@@ -15,7 +15,7 @@ from vitdense.heads.detection.deformable_transformer import (
     Predictor,
 )
 from vitdense.heads.detection.denoising import Denoising
-from vitdense.heads.detection.inputs import LevelInputs, choose_levels, first_map, flatten_levels
+from vitdense.heads.detection.inputs import LevelInputs, choose_levels, flatten_levels, split_levels
 from vitdense.heads.detection.queries import QueryOutputs
 from vitdense.heads.detection.two_stage import TwoStageHead
 from vitdense.losses.classification import CLASS_LOSSES
@@ -36,35 +36,35 @@ class DinoHead(TwoStageHead):
         levels: list[Level],
         num_classes: int,
         *,
-        input_levels: list[int] | None = None,  # which to read; by default strides from 8
+        input_levels: list[int] | None = None,  # which to read; by default those of stride 8 and up
         num_levels: PositiveInt = 4,  # levels of attention; those missing are made from the last
-        width: PositiveInt = 256,  # of the queries and of the cells
-        heads: PositiveInt = 8,  # of attention
+        width: PositiveInt = 256,  # channels of the queries and of the maps
+        heads: PositiveInt = 8,  # attention heads
         points: PositiveInt | list[PositiveInt] = 4,  # sampled by each head, on each level
         ffn: PositiveInt = 2048,  # hidden width of the feed-forward layers
         encoder_layers: NonNegativeInt = 6,  # layers of deformable attention over the cells
         checkpointing: bool = False,  # recompute the encoder in backward: less memory, more time
-        decoder_layers: PositiveInt = 6,  # layers of queries over the cells
+        decoder_layers: PositiveInt = 6,  # layers in which queries attend to the maps
         queries: PositiveInt = 900,  # most objects that an image can have
         dropout: Fraction = 0.0,  # in every transformer layer
-        two_stage: bool = True,  # queries are the best cells of the encoder, not learned
-        train_all_cells: bool = False,  # the first stage learns from all, not from the best alone
-        learned_content: bool = True,  # of the queries; else they start as their cells
+        two_stage: bool = True,  # queries start from the best cells of the encoder; else learned
+        train_all_cells: bool = False,  # the first stage learns from all cells, not the best alone
+        learned_content: bool = True,  # of the queries; else they start with that of their cells
         box_refinement: bool = True,  # each layer corrects the boxes of the one before
         look_twice: bool = True,  # a layer's box loss also trains the layer before
         share_predictors: bool = False,  # one classifier and box regressor for all layers
-        denoising: NonNegativeInt = 100,  # positives made of noisy truth for each image; 0: none
+        denoising: NonNegativeInt = 100,  # noisy positives for each image, about; 0 = none
         label_noise: Fraction = 0.5,  # twice the share of labels drawn anew in denoising
-        box_noise: NonNegativeFloat = 1.0,  # how far corners move in denoising, in half boxes
-        class_loss: Literal["focal", "varifocal", "matchability"] = "focal",  # what scores learn
-        class_cost: NonNegativeFloat = 2.0,  # of the class in matching; L1 costs 5 and GIoU 2
-        class_weight: NonNegativeFloat = 1.0,  # of the class loss, beside L1 with 5 and GIoU with 2
+        box_noise: NonNegativeFloat = 1.0,  # of corners in denoising, in half widths and heights
+        class_loss: Literal["focal", "varifocal", "matchability"] = "focal",  # of the classes
+        class_cost: NonNegativeFloat = 2.0,  # of the class in matching; L1 has 5 and GIoU 2
+        class_weight: NonNegativeFloat = 1.0,  # of the class loss; L1 has 5 and GIoU 2
         max_detections: PositiveInt = 300,  # best ones kept for each image
-        score_threshold: Fraction = 0.0,  # less sure answers are left out; metrics want all
+        score_threshold: Fraction = 0.0,  # answers of a lower score are left out; metrics want all
         nms: Fraction | None = None,  # overlap from which the lesser box of a class is dropped
         masks: bool = False,  # answer instance masks too, and learn them beside the boxes
-        mask_weight: NonNegativeFloat = 1.0,  # of their cross-entropy and dice losses; COCO's use 5
-        mask_points: PositiveInt = 4096,  # of an image, and of each mask, in their costs and losses
+        mask_weight: NonNegativeFloat = 1.0,  # of their cross-entropy and dice losses; 5 for COCO
+        mask_points: PositiveInt = 4096,  # points of a mask that matching and loss look at
     ) -> None:
         if width % 4:
             raise ValueError(f"width: must be a multiple of 4 for the positions, not {width}")
@@ -111,8 +111,7 @@ class DinoHead(TwoStageHead):
 
     def forward(self, features: list[Tensor], targets: list[Target] | None = None) -> QueryOutputs:
         """Outputs with C = num_classes logits."""
-        maps = self.inputs([features[i] for i in self.input_levels])
-        shapes = [(x.shape[-2], x.shape[-1]) for x in maps]
-        memory = self.encoder(flatten_levels(maps), shapes)
-        pixels = self.pixels(first_map(memory, shapes), features)
+        memory, shapes = flatten_levels(self.inputs([features[i] for i in self.input_levels]))
+        memory = self.encoder(memory, shapes)
+        pixels = self.pixels(split_levels(memory, shapes)[0], features)
         return self.decode(memory, shapes, self.canvas(features), targets, pixels)

@@ -1,34 +1,39 @@
-"""Boxes as distributions that layers refine (Peng et al. 2025, D-FINE)."""
+"""D-FINE's decoder (Peng et al. 2025): boxes whose edges are distributions over distances."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from vitdense.heads.detection.deformable_transformer import EPS, DeformableDecoderLayer
+from vitdense.heads.detection.deformable_transformer import EPS, RARE, DeformableDecoderLayer
 from vitdense.layers.deformable_attention import DeformableAttention
-from vitdense.layers.mlp import MLP
+from vitdense.layers.mlp import MLP, start_at_zero
 from vitdense.losses.set_criterion import Queries
 from vitdense.structures import Size
 
 REACH = 0.5
-"""The last bin but one moves an edge by half of the box, the last by the whole of it."""
+"""The last bin but one moves an edge by this part of the box, the last by twice as much."""
 
 LIMIT = 10.0
-"""Positions of queries are kept in -LIMIT..LIMIT, as in the public models."""
+"""Position embeddings of queries are clamped to -LIMIT..LIMIT, as in the public models."""
+
+TOP = 4
+"""Certainty is read from this many highest probabilities of each edge, and their mean."""
 
 
 class DistributionDecoder(nn.Module):
-    """A box from the first layer; then every layer adds to the logits of how far its edges move.
+    """The first layer predicts a box; every layer then refines how far each of its edges moves.
+
+    How far is a distribution over N + 1 distances ("bins"); a layer adds to its logits, and the
+    edge moves by the mean.
 
     Args:
         layers: of the kind `DeformableDecoderLayer`; D-FINE's are `GatedDecoderLayer`.
-        bins: N, an even number; edges move by one of N + 1 distances.
-        scale: distances are in widths and heights of the first box over this; the greater, the
-            finer are the bins around 0.
+        bins: N, an even number.
+        scale: the unit of distances is the width or height of the first box divided by this; the
+            greater it is, the finer are the bins around 0.
     """
 
     def __init__(
@@ -43,12 +48,11 @@ class DistributionDecoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.place = MLP(4, 2 * width, width)
-        self.first = MLP(width, width, width, 4)
+        self.first = start_at_zero(MLP(width, width, width, 4))
         self.predictors = nn.ModuleList(
             DistributionPredictor(width, num_classes, bins) for _ in self.layers
         )
         self.distances, self.scale = bin_distances(bins, scale), scale
-        _start_at_zero(self.first)
 
     def forward(
         self,
@@ -63,8 +67,8 @@ class DistributionDecoder(nn.Module):
         """Decode, with arguments as of `Decoder`.
 
         Returns:
-            L + 1 predictions for L layers: before the first is refined and after each layer; with
-            the `details` that `DistributionCriterion` wants.
+            L + 1 predictions for L layers: the box of the first layer before it is refined, and
+            one after each layer; with the `details` that `DistributionCriterion` reads.
         """
         bins = torch.tensor(self.distances, dtype=references.dtype)
         bins = bins.to(references.device, non_blocking=True)
@@ -94,21 +98,14 @@ class DistributionDecoder(nn.Module):
 
 
 class DistributionPredictor(nn.Module):
-    """Class, edges, and how far the edges can be trusted, of the queries of one layer.
+    """Class and edges of one layer's queries; scores reflect how certain the edges are."""
 
-    Args:
-        top: that many of an edge's chances, and their mean, tell how sure it is.
-    """
-
-    def __init__(self, width: int, num_classes: int, bins: int, top: int = 4) -> None:
+    def __init__(self, width: int, num_classes: int, bins: int) -> None:
         super().__init__()
-        self.top = top
         self.classes = nn.Linear(width, num_classes)
-        self.edges = MLP(width, width, width, 4 * (bins + 1))
-        self.trust = MLP(4 * (top + 1), 64, 1)
-        nn.init.constant_(self.classes.bias, -math.log(99))
-        _start_at_zero(self.edges)
-        _start_at_zero(self.trust)
+        self.edges = start_at_zero(MLP(width, width, width, 4 * (bins + 1)))
+        self.trust = start_at_zero(MLP(4 * (TOP + 1), 64, 1))
+        nn.init.constant_(self.classes.bias, RARE)
 
     def forward(
         self, queries: Tensor, before: Tensor, edges: Tensor
@@ -120,18 +117,18 @@ class DistributionPredictor(nn.Module):
             edges: float [B, Q, 4, N + 1], logits of the layer before.
 
         Returns:
-            logits [B, Q, C] by the query alone, those that also tell how well its box is known,
-            and the new logits of the edges.
+            class logits [B, Q, C] of the query alone, class logits that also reflect how certain
+            its edges are, and the new logits of the edges.
         """
         edges = edges + self.edges(queries + before).unflatten(-1, (4, -1))
-        chances = edges.softmax(-1).topk(self.top, -1).values
+        chances = edges.softmax(-1).topk(TOP, -1).values
         known = torch.cat((chances, chances.mean(-1, keepdim=True)), -1).flatten(-2)
         scores = self.classes(queries)
         return scores, scores + self.trust(known), edges
 
 
 class GatedDecoderLayer(DeformableDecoderLayer):
-    """A layer whose queries weigh what they were against what they see, without projections."""
+    """D-FINE's layer: gates weigh a query against what it saw; the attention has no projections."""
 
     def __init__(
         self,
@@ -153,13 +150,13 @@ class GatedDecoderLayer(DeformableDecoderLayer):
         nn.init.zeros_(self.gates.bias)
 
     def merge(self, queries: Tensor, update: Tensor) -> Tensor:
-        """Both weighed by gates that see both."""
+        """Their sum, each weighed by a gate that sees both."""
         old, new = self.gates(torch.cat((queries, update), -1)).sigmoid().chunk(2, -1)
         return self.cross_norm(old * queries + new * update)
 
 
 def bin_distances(bins: int, scale: float) -> list[float]:
-    """W(n), section 4.1: the distances of the N + 1 bins, dense around 0.
+    """Distances of the N + 1 bins, dense around 0: W(n) in section 4.1 of the paper.
 
     Raises:
         ValueError: if N is odd or less than 4.
@@ -177,17 +174,15 @@ def mean_distances(edges: Tensor, bins: Tensor) -> Tensor:
 
 
 def move_edges(origins: Tensor, distances: Tensor, scale: float) -> Tensor:
-    """Boxes [..., 4], cxcywh, whose edges lie so far outside of those of the origins.
+    """Boxes whose edges are moved outwards; the reverse of `losses.distribution.edge_distances`.
 
     Args:
-        distances: float [..., 4] for left, top, right and bottom, as of `edge_distances`.
+        origins: float [..., 4], cxcywh.
+        distances: float [..., 4] for left, top, right and bottom, in sizes of the box / `scale`.
+
+    Returns:
+        float [..., 4], cxcywh.
     """
     centre, size = origins.chunk(2, -1)
     before, after = (distances / scale * torch.cat((size, size), -1)).chunk(2, -1)
     return torch.cat((centre + (after - before) / 2, (size + before + after).clamp(min=0)), -1)
-
-
-def _start_at_zero(mlp: MLP) -> None:
-    *_, weight, bias = mlp.parameters()
-    nn.init.zeros_(weight)
-    nn.init.zeros_(bias)

@@ -11,27 +11,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitdense.layers.attention import Attention
+from vitdense.heads.detection.detr_transformer import DetrEncoderLayer
 from vitdense.layers.conv import ConvNorm, RepBlock
-from vitdense.layers.mlp import FeedForward
 from vitdense.layers.norm import Norm
 from vitdense.layers.position import sine_embedding
 
 Fusion = Literal["csp", "elan"]
-"""The block that merges two levels: RT-DETR's, or D-FINE's of the same cost and more layers."""
+"""The block that merges two levels: RT-DETR's CSP, or D-FINE's ELAN."""
 
 
 class HybridEncoder(nn.Module):
-    """Zhao et al. 2024 (DETRs beat YOLOs), section 4.2.
+    """RT-DETR's encoder (Zhao et al. 2024, section 4.2).
 
-    Attention runs where it is cheap and means most; the levels are then merged top-down and
-    bottom-up (a PANet of CSP or ELAN blocks).
+    Attention runs on the coarsest level, where it is cheap and means most; then the levels are
+    merged top-down and bottom-up, as in PANet, by CSP or ELAN blocks.
 
     Args:
         width: channels of every level.
         steps: ratio of each level's stride to the one before, finest first; one fewer than levels.
         heads, ffn, layers, dropout: of the attention layers on each attended level.
-        attended: which levels have attention, by index.
+        attended: indices of the levels that have attention.
         blocks: RepVGG blocks in each merging block.
         expansion: hidden width of a merging block over its width.
         fusion: kind of the merging blocks.
@@ -57,13 +56,15 @@ class HybridEncoder(nn.Module):
         count = len(steps)
         self.attended = sorted({index % (count + 1) for index in attended})
         self.attention = nn.ModuleList(
-            nn.ModuleList(AttentionLayer(width, heads, ffn, dropout) for _ in range(layers))
+            nn.ModuleList(
+                DetrEncoderLayer(width, heads, ffn, dropout, F.gelu) for _ in range(layers)
+            )
             for _ in self.attended
         )
         merge = CSPBlock if fusion == "csp" else ElanBlock
         make = partial(merge, 2 * width, width, blocks, expansion, norm)
         light = fusion == "elan"
-        # as they run: top_down[0] merges into the coarsest but one, bottom_up[0] into the finest's
+        # in the order they run: top_down begins at the coarsest level, bottom_up at the finest
         self.laterals = nn.ModuleList(
             ConvNorm(width, width, 1, norm, active=not light) for _ in range(count)
         )
@@ -81,7 +82,7 @@ class HybridEncoder(nn.Module):
     def _attend(self, x: Tensor, layers: nn.Module) -> Tensor:
         height, width = x.shape[-2:]
         cells = x.flatten(2).transpose(1, 2)
-        position = grid_position(height, width, x.shape[1], like=cells)
+        position = grid_position(height, width, x.shape[1], like=cells)[None]
         for layer in layers.children():
             cells = layer(cells, position)
         return cells.transpose(1, 2).unflatten(2, (height, width))
@@ -105,25 +106,8 @@ class HybridEncoder(nn.Module):
         return merged
 
 
-class AttentionLayer(nn.Module):
-    """Every cell of a map attends to all others, then a feed-forward part with GELU."""
-
-    def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
-        super().__init__()
-        self.attention = Attention(width, heads, dropout)
-        self.norm = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
-        self.feed_forward = FeedForward(width, hidden, dropout, F.gelu)
-
-    def forward(self, cells: Tensor, position: Tensor) -> Tensor:
-        """float [B, S, width] and [S, width] -> [B, S, width]."""
-        placed = cells + position
-        update = self.attention(placed, placed, cells)
-        return self.feed_forward(self.norm(cells + self.dropout(update)))
-
-
 class CSPBlock(nn.Module):
-    """Half of the way through RepVGG blocks, half around them (Wang et al. 2020, CSPNet)."""
+    """One projection goes through RepVGG blocks, another around them (Wang et al. 2020, CSPNet)."""
 
     def __init__(
         self, channels_in: int, channels: int, blocks: int, expansion: float, norm: Norm
@@ -141,7 +125,7 @@ class CSPBlock(nn.Module):
 
 
 class ElanBlock(nn.Module):
-    """Two CSP blocks in a row whose results all reach the end (Wang et al. 2024, YOLOv9)."""
+    """Two CSP blocks in a row; what each gives reaches the end too (Wang et al. 2024, YOLOv9)."""
 
     def __init__(
         self, channels_in: int, channels: int, blocks: int, expansion: float, norm: Norm
@@ -166,7 +150,7 @@ class ElanBlock(nn.Module):
 
 
 def _halving(width: int, step: int, norm: Norm, light: bool) -> nn.Module:
-    """To the next level's size; the light one works on each channel by itself."""
+    """A convolution to the next level's size; `light` is 1x1, then depthwise, as in D-FINE."""
     if not light:
         return ConvNorm(width, width, 3, norm, stride=step)
     return nn.Sequential(
@@ -176,7 +160,9 @@ def _halving(width: int, step: int, norm: Norm, light: bool) -> nn.Module:
 
 
 def grid_position(height: int, width: int, features: int, *, like: Tensor) -> Tensor:
-    """RT-DETR's embedding of the cells of a grid by their numbers: y, then x, sines before cosines.
+    """RT-DETR's position embedding: sines and cosines of each cell's row and column number.
+
+    The first half of the features tells y, the second x; in each, all sines come first.
 
     Args:
         features: a multiple of 4.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vitdense.structures import Level, Size
 
 FINE = 6
-"""Levels of a smaller stride are not read by default: stride 8, or 7 after a patch of 14, is."""
+"""Finer strides are not read by default: the first is 8, or 7 on a ViT with patch 14."""
 
 
 def choose_levels(levels: list[Level], wanted: list[int] | None, most: int) -> list[int]:
@@ -34,7 +34,7 @@ def choose_levels(levels: list[Level], wanted: list[int] | None, most: int) -> l
 
 
 def project_map(incoming: int, width: int, kernel: int, stride: int) -> nn.Module:
-    """A convolution and group norm, as in Deformable DETR."""
+    """A convolution and group norm, as Deformable DETR projects its inputs."""
     conv = nn.Conv2d(incoming, width, kernel, stride, padding=kernel // 2)
     nn.init.xavier_uniform_(conv.weight)
     nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
@@ -42,11 +42,13 @@ def project_map(incoming: int, width: int, kernel: int, stride: int) -> nn.Modul
 
 
 class LevelInputs(nn.ModuleList):
-    """One projection for each map that is read, then halvings of the last for those missing.
+    """Brings the maps that are read to one width, and makes coarser ones until there are `count`.
 
     Args:
         channels: of each map that is read.
-        width: of the maps that come out; there are `count`.
+        width: channels of the maps that come out.
+        count: of the maps that come out; those missing are made by halving the last map that is
+            read, one after the other.
         project: makes a projection from its input channels, width, kernel and stride.
     """
 
@@ -63,7 +65,7 @@ class LevelInputs(nn.ModuleList):
         super().__init__([*read, *made])
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """The maps that are read -> `count` maps float [B, width, H_i, W_i]."""
+        """Maps that are read, float [B, C_i, H_i, W_i] -> `count` of float [B, width, H_i, W_i]."""
         maps = [project(x) for project, x in zip(self, features, strict=False)]
         last = features[-1]
         for project in list(self)[len(features) :]:
@@ -72,12 +74,13 @@ class LevelInputs(nn.ModuleList):
         return maps
 
 
-def flatten_levels(maps: list[Tensor]) -> Tensor:
-    """The cells of all maps [B, width, H_i, W_i], one map after the other: [B, S, width]."""
-    return torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1)
+def flatten_levels(maps: list[Tensor]) -> tuple[Tensor, list[Size]]:
+    """Maps [B, width, H_i, W_i] -> their cells [B, S, width], map after map, and their shapes."""
+    shapes = [(x.shape[-2], x.shape[-1]) for x in maps]
+    return torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1), shapes
 
 
-def first_map(cells: Tensor, shapes: list[Size]) -> Tensor:
-    """The cells [B, S, width] of the first of these shapes, as a map [B, width, H, W]."""
-    height, width = shapes[0]
-    return cells[:, : height * width].transpose(1, 2).unflatten(2, (height, width))
+def split_levels(cells: Tensor, shapes: list[Size]) -> list[Tensor]:
+    """Cells [B, S, width] -> the maps [B, width, H_i, W_i] that `flatten_levels` was given."""
+    levels = cells.split([height * width for height, width in shapes], 1)
+    return [x.transpose(1, 2).unflatten(2, shape) for x, shape in zip(levels, shapes, strict=True)]

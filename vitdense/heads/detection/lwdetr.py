@@ -15,7 +15,8 @@ from vitdense.heads.detection.deformable_transformer import (
 )
 from vitdense.heads.detection.inputs import choose_levels, flatten_levels
 from vitdense.heads.detection.proposals import FirstStage, cell_anchors
-from vitdense.heads.detection.queries import QueryOutputs, SigmoidQueryHead
+from vitdense.heads.detection.queries import QueryHead, QueryOutputs
+from vitdense.layers.norm import make_norm
 from vitdense.losses.classification import CLASS_LOSSES
 from vitdense.losses.set_criterion import Queries, SetCriterion
 from vitdense.registry import HEADS, Fraction
@@ -23,12 +24,13 @@ from vitdense.structures import Level, Target
 
 
 @HEADS.register("lwdetr")
-class LwDetrHead(SigmoidQueryHead):
+class LwDetrHead(QueryHead):
     """LW-DETR: no encoder; the best cells of the maps are references of learned queries.
 
-    In training several groups of queries, each with a first stage of its own, are matched each on
-    their own (Chen et al. 2023, Group DETR); the first answers. Maps of another width than the
-    queries' are projected; the neck `multi_scale_projector` makes them as the authors do.
+    In training there are several groups of queries, each with its own first stage, and each matched
+    by itself (Chen et al. 2023, Group DETR); the first group answers. The neck
+    `multi_scale_projector` makes the maps as the authors do; maps of another width than the queries
+    are projected.
     """
 
     def __init__(
@@ -36,27 +38,27 @@ class LwDetrHead(SigmoidQueryHead):
         levels: list[Level],
         num_classes: int,
         *,
-        input_levels: list[int] | None = None,  # which to read; by default strides from 8
-        width: PositiveInt = 256,  # of the queries and of the cells
-        heads: PositiveInt = 8,  # of attention among the queries
-        cross_heads: PositiveInt = 16,  # of attention to the cells
+        input_levels: list[int] | None = None,  # which to read; by default those of stride 8 and up
+        width: PositiveInt = 256,  # channels of the queries and of the maps
+        heads: PositiveInt = 8,  # attention heads among the queries
+        cross_heads: PositiveInt = 16,  # attention heads over the maps
         points: PositiveInt = 2,  # sampled by each of these heads on each level
         ffn: PositiveInt = 2048,  # hidden width of the feed-forward layers
-        decoder_layers: PositiveInt = 3,  # layers of queries over the cells
+        decoder_layers: PositiveInt = 3,  # layers in which queries attend to the maps
         queries: PositiveInt = 300,  # most objects that an image can have
         groups: PositiveInt = 13,  # sets of queries in training; more of them learn faster
         dropout: Fraction = 0.0,  # in every transformer layer
         box_refinement: bool = False,  # each layer corrects the boxes of the one before
         class_loss: Literal[
             "iou_aware", "focal", "varifocal", "matchability"
-        ] = "iou_aware",  # what scores learn
+        ] = "iou_aware",  # of the classes
         aux_loss: bool = True,  # train every decoder layer, not just the last
         max_detections: PositiveInt = 100,  # best ones kept for each image
-        score_threshold: Fraction = 0.0,  # less sure answers are left out; metrics want all
+        score_threshold: Fraction = 0.0,  # answers of a lower score are left out; metrics want all
         nms: Fraction | None = None,  # overlap from which the lesser box of a class is dropped
         masks: bool = False,  # answer instance masks too, and learn them beside the boxes
-        mask_weight: NonNegativeFloat = 1.0,  # of their cross-entropy and dice losses; COCO's use 5
-        mask_points: PositiveInt = 4096,  # of an image, and of each mask, in their costs and losses
+        mask_weight: NonNegativeFloat = 1.0,  # of their cross-entropy and dice losses; 5 for COCO
+        mask_points: PositiveInt = 4096,  # points of a mask that matching and loss look at
     ) -> None:
         super().__init__(levels, num_classes, max_detections, nms, score_threshold)
         if width % 4:
@@ -92,8 +94,7 @@ class LwDetrHead(SigmoidQueryHead):
         maps = [
             project(features[i]) for i, project in zip(self.input_levels, self.inputs, strict=True)
         ]
-        shapes = [(x.shape[-2], x.shape[-1]) for x in maps]
-        memory = flatten_levels(maps)
+        memory, shapes = flatten_levels(maps)
         groups = self.groups if self.training else 1
         count = min(self.num_queries, memory.shape[1])
         encoder = self._propose(memory, *cell_anchors(shapes, self.offsets.weight), groups, count)
@@ -117,7 +118,7 @@ class LwDetrHead(SigmoidQueryHead):
     def _propose(
         self, memory: Tensor, anchors: Tensor, usable: Tensor, groups: int, count: int
     ) -> Queries:
-        """What the best cells of each group propose, the groups one after the other."""
+        """Proposals of the best cells of each group, group after group."""
         stages: list[FirstStage] = list(self.first_stages)[:groups]  # type: ignore[assignment]
         best = [stage.best(memory, anchors, usable, count) for stage in stages]
         logits, boxes = (
@@ -131,8 +132,6 @@ class LwDetrHead(SigmoidQueryHead):
 
 
 def _input(channels: int, width: int) -> nn.Module:
-    from timm.layers import LayerNorm2d
-
     if channels == width:
         return nn.Identity()
-    return nn.Sequential(nn.Conv2d(channels, width, 1), LayerNorm2d(width))
+    return nn.Sequential(nn.Conv2d(channels, width, 1), make_norm("layer", width))

@@ -8,13 +8,14 @@ from torch import Tensor, nn
 from vitdense.layers.conv import Conv, ConvNorm
 from vitdense.layers.mlp import MLP
 from vitdense.layers.position import sine_position
+from vitdense.layers.resize import resize
 from vitdense.structures import Level
 
 STRIDE = 4
-"""Of the pixel features, about: after a patch of 14 it is 3.5."""
+"""Stride of the pixel features; about that where it cannot be, as 3.5 with a patch of 14."""
 
 POINTS, WEIGHT = 4096, 1.0
-"""What the options `mask_points` and `mask_weight` are where they are not given."""
+"""Defaults of the options `mask_points` and `mask_weight`."""
 
 
 class MaskBranch(nn.Module):
@@ -22,10 +23,12 @@ class MaskBranch(nn.Module):
 
     As in Mask DINO (Li et al. 2023, 2206.02777, section 3.3), the pixel features are the encoder's
     finest map, enlarged to stride 4, plus the pyramid's own map of that stride where there is one;
-    an MLP of three layers, shared by all decoder layers, embeds the queries. Sine positions are
-    added, so that a query tells its object from a twin elsewhere (from scratch on shapes the dice
-    loss was 7% lower with them), and what mixes the pixels then are two depthwise blocks, as in
-    RF-DETR's masks: a quarter of the cost of Mask DINO's convolution.
+    an MLP of three layers, shared by all decoder layers, embeds the queries. Two things differ:
+
+    - Sine positions are added, so that a query tells its object from a twin elsewhere. From scratch
+      on shapes they lowered the dice loss by 7 %.
+    - Pixels are mixed by two depthwise blocks, as in RF-DETR, at a quarter of the cost of Mask
+      DINO's convolution.
 
     Args:
         levels: the pyramid's.
@@ -60,10 +63,10 @@ class MaskBranch(nn.Module):
             float [B, width, h, w].
         """
         if self.lateral is None or self.level is None:
-            x = _enlarge(finest, [self.scale * side for side in finest.shape[-2:]])
+            x = resize(finest, [self.scale * side for side in finest.shape[-2:]])
         else:
             x = self.lateral(features[self.level])
-            x = x + _enlarge(finest, list(x.shape[-2:]))
+            x = x + resize(finest, x.shape[-2:])
         height, width = x.shape[-2:]
         # like a parameter: under autocast the pixels are too coarse for angles
         like = self.project.weight
@@ -83,10 +86,6 @@ class PixelBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """float [B, width, h, w] -> the same shape."""
         return x + F.gelu(self.mix(self.spread(x)))
-
-
-def _enlarge(maps: Tensor, size: list[int]) -> Tensor:
-    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
 def check_mask_options(masks: bool, points: int, weight: float) -> None:

@@ -36,8 +36,8 @@ class FirstStage(nn.Module):
 
     Args:
         predictor: of class and box.
-        nowhere: coordinate of the boxes of cells too near the border to propose one.
-        unusable_last: such cells are chosen after all others, as in LW-DETR; else by their score.
+        nowhere: all coordinates of boxes of unusable cells, those too near the border.
+        unusable_last: unusable cells are chosen after all others, as in LW-DETR; else by score.
     """
 
     def __init__(
@@ -53,14 +53,14 @@ class FirstStage(nn.Module):
         self.nowhere, self.unusable_last = nowhere, unusable_last
 
     def forward(self, memory: Tensor, anchors: Tensor, usable: Tensor) -> Proposals:
-        """Propose from cells [B, S, width] and what `cell_anchors` gives for them."""
+        """Proposals of cells [B, S, width]; `cell_anchors` gives the other arguments."""
         cells = self.project(memory.masked_fill(~usable, 0.0))
         logits, boxes = self.predictor(cells, anchors)
         return Proposals(cells, logits, boxes.masked_fill(~usable, self.nowhere))
 
     def best(self, memory: Tensor, anchors: Tensor, usable: Tensor, count: int) -> Proposals:
         """The `count` cells of highest score, best first; only these get boxes and gradients."""
-        # not by no_grad: autocast would keep the copies of the weights that it makes there
+        # detached, not under no_grad, where autocast would cache copies of weights without gradient
         logits = self.predictor.classes(self.project(memory.detach().masked_fill(~usable, 0.0)))
         if self.unusable_last:
             logits = logits.masked_fill(~usable, -torch.inf)

@@ -1,4 +1,9 @@
-"""What heads with object queries share: outputs, losses, answers."""
+"""What heads with object queries share: outputs, losses, answers.
+
+In this folder a *cell* is a position of a feature map. A query has a *content* (what it has found
+so far), a *place* (its position embedding) and a *reference* (the point or box to which the box
+that it predicts is relative).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +21,7 @@ from vitdense.ops.restoring import restore_products
 from vitdense.structures import Frame, Level, Prediction, Size, Target, Task
 
 SUPPRESSED = 10
-"""Candidates that non-maximum suppression chooses from, in multiples of what is kept."""
+"""Non-maximum suppression chooses from this many times `max_detections` candidates."""
 
 
 @dataclass(slots=True)
@@ -27,13 +32,13 @@ class QueryOutputs:
         logits: float [L, B, Q, C].
         boxes: float [L, B, Q, 4], cxcywh in 0..1 of the canvas.
         canvas: (height, width) in pixels.
-        groups: sets of queries that Q consists of; answers come from the first.
-        others: what is trained beside them, by the suffix of its terms: `_encoder` are the
-            proposals of the first stage, `_denoising` the queries made of noisy truth.
-        details: what else is predicted and trained, float [L, B, Q, ...] each: of heads with masks
-            the `embeddings` [L, B, Q, M].
-        pixels: float [B, M, h, w], features over the canvas: their products with an embedding are
-            the logits of its mask.
+        groups: how many groups the Q queries consist of; only the first group answers.
+        others: other queries that are trained, by the suffix of their loss terms: `_encoder` are
+            the proposals of the first stage, `_denoising` the queries made of noisy truth.
+        details: what is predicted beside classes and boxes, float [L, B, Q, ...] each; heads with
+            masks have `embeddings` [L, B, Q, M].
+        pixels: float [B, M, h, w], features over the canvas; the product with a query's embedding
+            gives the logits of its mask. None without masks.
     """
 
     logits: Tensor
@@ -46,9 +51,12 @@ class QueryOutputs:
 
 
 class QueryHead(Head):
-    """A detection head whose outputs are `QueryOutputs`.
+    """A detection head whose outputs are `QueryOutputs`; subclasses set `criterion`.
 
-    Subclasses set `criterion` and say in `candidates` what their logits mean.
+    Args:
+        max_detections: answers that are kept for each image.
+        nms: IoU from which the lesser of two boxes of a class is dropped; None = none is.
+        score_threshold: answers with a lower score are left out.
     """
 
     task: Task = "detection"
@@ -72,7 +80,8 @@ class QueryHead(Head):
         """Answer masks beside boxes, and learn them; see `MaskBranch` and `DotMasks`.
 
         Args:
-            wanted: else nothing is added, and ValueError raised for options that need masks.
+            wanted: the option `masks`; without it nothing is added, and `points` and `weight` must
+                have their defaults (ValueError).
             finest: index of the finest level that the encoder reads.
             width: of queries and cells.
             points, weight: of the mask losses.
@@ -86,11 +95,11 @@ class QueryHead(Head):
 
     @property
     def embed(self) -> nn.Module | None:
-        """What makes mask embeddings of queries."""
+        """The layers that make mask embeddings of queries; None without masks."""
         return None if self.masks is None else self.masks.embed
 
     def pixels(self, finest: Tensor, features: list[Tensor]) -> Tensor | None:
-        """What makes masks of them: `MaskBranch.forward`, if there is one."""
+        """Features of pixels, as `MaskBranch.forward` gives them; None without masks."""
         return None if self.masks is None else self.masks(finest, features)
 
     def loss(self, outputs: QueryOutputs, targets: list[Target]) -> dict[str, Tensor]:
@@ -109,10 +118,14 @@ class QueryHead(Head):
     def candidates(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the last layer's logits [B, Q, C] could answer, in any order.
 
+        Classes are independent here: every pair of query and class may answer.
+
         Returns:
             scores float [B, N] in 0..1, labels int64 [B, N], and the query of each int64 [B, N].
         """
-        raise NotImplementedError
+        scores = logits.sigmoid().flatten(1)
+        pairs = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
+        return scores, pairs % self.num_classes, pairs // self.num_classes
 
     def predict(self, outputs: QueryOutputs, frames: list[Frame]) -> list[Prediction]:
         """The best `max_detections` candidates of each image that are sure enough, best first."""
@@ -142,7 +155,7 @@ class QueryHead(Head):
         return (scores >= self.score_threshold).sum(1).tolist()
 
     def _suppress(self, found: Prediction, queries: Tensor) -> tuple[Prediction, Tensor]:
-        """Without the lesser of boxes that overlap, if so wanted; and the queries of the rest."""
+        """What non-maximum suppression keeps, if there is any, and the queries of that."""
         if self.nms is None:
             return found, queries
         from torchvision.ops import batched_nms
@@ -153,24 +166,16 @@ class QueryHead(Head):
         return Prediction(scores[kept], labels[kept], boxes[kept]), queries[kept]
 
 
-class SigmoidQueryHead(QueryHead):
-    """A query head whose classes are independent: every pair of query and class may answer."""
-
-    def candidates(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Every pair of query and class."""
-        scores = logits.sigmoid().flatten(1)
-        pairs = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
-        return scores, pairs % self.num_classes, pairs // self.num_classes
-
-
 def best_first(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` highest of each row, best first, and their places; equal ones in their order.
+    """The `count` highest scores of each row, best first, and their indices.
+
+    Equal scores stay in their order, on every device. A stable sort does that too, but takes ten
+    times as long as this `topk`, whose keys are all different.
 
     Args:
         scores: float32 [B, N], not negative.
     """
-    # Such numbers are in the order of their bits. Places behind these break ties, which topk itself
-    # orders differently on every device; a stable sort of all takes ten times as long.
+    # the bits of floats from 0 on sort like the numbers; the index below them breaks ties
     places = torch.arange(scores.shape[1], device=scores.device)
     keys = (scores.view(torch.int32).long() << 32) - places
     best = keys.topk(min(count, len(places)), dim=1).indices

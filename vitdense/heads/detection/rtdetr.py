@@ -35,10 +35,10 @@ class RTDetrHead(TwoStageHead):
         levels: list[Level],
         num_classes: int,
         *,
-        input_levels: list[int] | None = None,  # which to read; by default strides from 8
+        input_levels: list[int] | None = None,  # which to read; by default those of stride 8 and up
         num_levels: PositiveInt = 3,  # of the encoder; those missing are made from the last
-        width: PositiveInt = 256,  # of the queries and of the cells they read
-        heads: PositiveInt = 8,  # of attention
+        width: PositiveInt = 256,  # channels of the queries and of the maps they read
+        heads: PositiveInt = 8,  # attention heads
         encoder_width: PositiveInt | None = None,  # of the encoder's maps; by default `width`
         encoder_layers: NonNegativeInt = 1,  # of attention within each attended level
         encoder_ffn: PositiveInt = 1024,  # hidden width of their feed-forward parts
@@ -49,28 +49,28 @@ class RTDetrHead(TwoStageHead):
         norm: Literal["auto", "batch", "sync", "group", "layer"] = "auto",  # of convolutions
         project_memory: bool = True,  # 1x1 convolution between encoder and decoder
         queries: PositiveInt = 300,  # most objects that an image can have
-        two_stage: bool = True,  # queries are the best cells of the encoder, not learned
-        train_all_cells: bool = False,  # the first stage learns from all, not from the best alone
-        learned_content: bool = False,  # of the queries; else they start as their cells
-        decoder_layers: PositiveInt = 6,  # layers of queries over the cells
+        two_stage: bool = True,  # queries start from the best cells of the encoder; else learned
+        train_all_cells: bool = False,  # the first stage learns from all cells, not the best alone
+        learned_content: bool = False,  # of the queries; else they start with that of their cells
+        decoder_layers: PositiveInt = 6,  # layers in which queries attend to the maps
         ffn: PositiveInt = 1024,  # hidden width of the decoder's feed-forward parts
         points: PositiveInt | list[PositiveInt] = 4,  # sampled by each head, on each level
         offset_scale: PositiveFloat = 0.5,  # how far points reach, in sizes of the query's box
         box_refinement: bool = True,  # each layer corrects the boxes of the one before
         dropout: Fraction = 0.0,  # in every transformer layer
-        denoising: NonNegativeInt = 100,  # positives made of noisy truth for each image; 0: none
+        denoising: NonNegativeInt = 100,  # noisy positives for each image, about; 0 = none
         label_noise: Fraction = 0.5,  # twice the share of labels drawn anew in denoising
-        box_noise: NonNegativeFloat = 1.0,  # how far corners move in denoising, in half boxes
+        box_noise: NonNegativeFloat = 1.0,  # of corners in denoising, in half widths and heights
         distribution: bool = False,  # boxes are distributions over bins that layers refine (D-FINE)
         bins: PositiveInt = 32,  # of these distributions: an even number
         bin_scale: PositiveFloat = 4.0,  # how much finer bins are around 0 than far from it
-        class_loss: Literal["focal", "varifocal", "matchability"] = "matchability",  # scores learn
+        class_loss: Literal["focal", "varifocal", "matchability"] = "matchability",  # of classes
         max_detections: PositiveInt = 100,  # best ones kept for each image
-        score_threshold: Fraction = 0.0,  # less sure answers are left out; metrics want all
+        score_threshold: Fraction = 0.0,  # answers of a lower score are left out; metrics want all
         nms: Fraction | None = None,  # overlap from which the lesser box of a class is dropped
         masks: bool = False,  # answer instance masks too, and learn them beside the boxes
-        mask_weight: NonNegativeFloat = 1.0,  # of their cross-entropy and dice losses; COCO's use 5
-        mask_points: PositiveInt = 4096,  # of an image, and of each mask, in their costs and losses
+        mask_weight: NonNegativeFloat = 1.0,  # of their cross-entropy and dice losses; 5 for COCO
+        mask_points: PositiveInt = 4096,  # points of a mask that matching and loss look at
     ) -> None:
         sizes = (width, heads, ffn, dropout, num_levels, points)
         layer = partial(GatedDecoderLayer if distribution else DeformableDecoderLayer, *sizes)
@@ -115,9 +115,8 @@ class RTDetrHead(TwoStageHead):
         """Outputs with C = num_classes logits."""
         maps = self.encoder(self.inputs([features[i] for i in self.input_levels]))
         maps = [project(x) for project, x in zip(self.memory, maps, strict=True)]
-        shapes = [(x.shape[-2], x.shape[-1]) for x in maps]
         pixels = self.pixels(maps[0], features)
-        return self.decode(flatten_levels(maps), shapes, self.canvas(features), targets, pixels)
+        return self.decode(*flatten_levels(maps), self.canvas(features), targets, pixels)
 
 
 def make_decoder(
@@ -127,11 +126,7 @@ def make_decoder(
     refine: bool,
     edges: tuple[int, float] | None,
 ) -> nn.Module:
-    """RT-DETR's: positions from boxes by an MLP, a predictor for each layer; or D-FINE's.
-
-    Args:
-        edges: for D-FINE's the bins of the edges and their scale.
-    """
+    """RT-DETR's decoder, or D-FINE's where `edges` (bins and their scale) are given."""
     if edges is not None:
         if not refine:
             raise ValueError("distribution: is what layers refine; box_refinement must be on")
@@ -142,7 +137,7 @@ def make_decoder(
 
 
 def make_criterion(class_loss: str, decoder: nn.Module) -> SetCriterion:
-    """What the outputs of the decoder are trained with."""
+    """The criterion that fits the decoder."""
     loss = CLASS_LOSSES[class_loss]()
     if isinstance(decoder, DistributionDecoder):
         bins, scale = decoder.distances, decoder.scale
@@ -158,7 +153,7 @@ def project_map(norm: Norm, incoming: int, width: int, kernel: int, stride: int)
 
 
 def check_width(inner: int, width: int, projected: bool) -> int:
-    """The encoder's width; raises ValueError if it cannot be."""
+    """The encoder's width; raises ValueError if positions or the decoder cannot have it."""
     if inner % 4:
         raise ValueError(f"encoder_width: must be a multiple of 4 for positions, not {inner}")
     if inner != width and not projected:

@@ -8,26 +8,26 @@ from torch import Tensor, nn
 from vitdense.heads.detection.deformable_transformer import Predictor
 from vitdense.heads.detection.denoising import Denoising, NoisyQueries
 from vitdense.heads.detection.proposals import FirstStage, Proposals, cell_anchors
-from vitdense.heads.detection.queries import QueryOutputs, SigmoidQueryHead
+from vitdense.heads.detection.queries import QueryHead, QueryOutputs
 from vitdense.losses.matcher import Truths
 from vitdense.losses.set_criterion import Queries
 from vitdense.structures import Level, Size, Target
 
 
-class TwoStageHead(SigmoidQueryHead):
-    """Queries start from the best cells of an encoder, beside others that restore noisy truth.
+class TwoStageHead(QueryHead):
+    """A head whose queries start from an encoder's best cells; in training also from noisy truth.
 
-    Subclasses set `criterion` and give the cells of their encoder to `decode`.
+    Subclasses set `criterion`, and call `decode` with the cells of their encoder.
 
     Args:
         width: of cells and queries.
-        queries: how many are selected.
-        decoder: of the queries; it gives `Queries`.
+        queries: how many.
+        decoder: a module that gives `Queries`.
         denoising: makes noisy queries in training; None for none.
-        two_stage: references are the boxes of the best cells; else they are learned.
-        learned_content: what queries start as is learned; else it is what their cells hold.
-        train_all_cells: the first stage learns from every cell, as in Deformable DETR; else from
-            the chosen ones alone, as in DINO and RT-DETR.
+        two_stage: the first references are the boxes of the best cells; otherwise they are learned.
+        learned_content: the first content is learned; otherwise it is that of the best cells.
+        train_all_cells: the first stage learns from every cell, as in Deformable DETR; otherwise
+            from the best cells alone, as in DINO and RT-DETR.
     """
 
     def __init__(
@@ -65,13 +65,13 @@ class TwoStageHead(SigmoidQueryHead):
         targets: list[Target] | None,
         pixels: Tensor | None = None,
     ) -> QueryOutputs:
-        """Outputs.
+        """Choose the queries and decode them.
 
         Args:
             memory: float [B, S, width], the cells of all levels.
             shapes: (height, width) of each level.
             canvas: (height, width) in pixels.
-            targets: make noisy queries.
+            targets: of which noisy queries are made, in training.
             pixels: float [B, M, h, w], features for masks.
         """
         # a small image may have fewer cells than there are queries
@@ -97,10 +97,10 @@ class TwoStageHead(SigmoidQueryHead):
         )
 
     def _start(self, memory: Tensor, shapes: list[Size]) -> tuple[Tensor, Tensor, Proposals | None]:
-        """Contents [B, Q, width] and references [B, Q, 4] of queries, and the cells that learn."""
+        """Contents [B, Q, width], references [B, Q, 4], and the proposals that train, if any."""
         batch, best, trained = len(memory), None, None
         if self.first_stage is not None:
-            # like a parameter: under autocast the cells are too coarse for places
+            # in the type of a parameter: under autocast that of the cells is too coarse for places
             anchors = cell_anchors(shapes, self.first_stage.predictor.classes.weight)
             if self.train_all_cells:
                 trained = self.first_stage(memory, *anchors)
@@ -124,7 +124,7 @@ class TwoStageHead(SigmoidQueryHead):
     def _noisy(
         self, targets: list[Target] | None, canvas: Size, ordinary: int
     ) -> tuple[NoisyQueries, Tensor] | tuple[None, None]:
-        """Noisy queries, and which queries each may see when they go before the ordinary ones."""
+        """Noisy queries, and the mask of which queries see each other when these come first."""
         if self.denoising is None or targets is None or not self.training:
             return None, None
         noisy = self.denoising(Truths.from_targets(targets, canvas))
@@ -132,7 +132,7 @@ class TwoStageHead(SigmoidQueryHead):
 
 
 class _LearnedReferences(nn.Module):
-    """Boxes that do not depend on the image: first at random, a fifth of it wide and high."""
+    """Learned boxes: initially at random places, a fifth of the image wide and high."""
 
     def __init__(self, count: int) -> None:
         super().__init__()

@@ -1,22 +1,22 @@
-"""What every semantic head shares: its outputs, its loss, its answers."""
+"""The base of semantic heads: outputs, loss, answers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vitdense.heads.base import Head
+from vitdense.layers.resize import resize
 from vitdense.losses.dense import ClassWeights, DenseLoss
-from vitdense.ops.rows import chunks, restore_rows
-from vitdense.structures import Frame, Level, Prediction, Size, Target
+from vitdense.ops.restoring import restored
+from vitdense.structures import Frame, Level, Prediction, Target
 
 
 @dataclass(slots=True)
 class SemanticOutputs:
-    """Logits of each class at the stride of a level.
+    """Logits of each class over the canvas.
 
     Attributes:
         logits: float [B, C, h, w].
@@ -51,7 +51,7 @@ class SemanticHead(Head):
         self.aux_weight = aux_weight
 
     def loss(self, outputs: SemanticOutputs, targets: list[Target]) -> dict[str, Tensor]:
-        """Terms of the logits, and of the auxiliary ones under `aux_` names, at label size."""
+        """Terms of `DenseLoss` at the size of the labels; those of `aux` begin with `aux_`."""
         labels = torch.stack([_semantic(target) for target in targets]).long()
         terms = self._terms(outputs.logits, labels)
         if outputs.aux is not None:
@@ -61,10 +61,10 @@ class SemanticHead(Head):
 
     def _terms(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return self.criterion(resize(precise, (labels.shape[-2], labels.shape[-1])), labels)
+        return self.criterion(resize(precise, labels.shape[-2:]), labels)
 
     def semantic_logits(self, outputs: SemanticOutputs) -> Tensor:
-        """float [B, C, h, w] over the canvas: what `predict` decides by, and windows average."""
+        """The logits, float [B, C, h, w] over the canvas."""
         return outputs.logits
 
     def predict(self, outputs: SemanticOutputs, frames: list[Frame]) -> list[Prediction]:
@@ -79,31 +79,19 @@ def _semantic(target: Target) -> Tensor:
     return target.semantic
 
 
-def classify(logits: Tensor, frame: Frame, chunk: int | None = None) -> Tensor:
+def classify(logits: Tensor, frame: Frame) -> Tensor:
     """Most likely class of each pixel, from logits resized a few rows at a time.
 
-    150 classes of a 12-megapixel photo would otherwise take 7 GB.
+    All at once, 150 classes of a 12-megapixel photo would take 7 GB.
 
     Args:
         logits: float [C, h, w] over the whole canvas.
         frame: where the image lies on it.
-        chunk: numbers in memory at once, but at least one row; by default what suits the device.
 
     Returns:
         int64 [H, W] in original pixels.
     """
-
-    def read(first: int, last: int) -> Tensor:
-        return logits[:, first:last].float()
-
-    size = (logits.shape[1], logits.shape[2])
     labels = torch.empty(frame.original, dtype=torch.long, device=logits.device)
-    for first, last in chunks(len(logits), frame, logits.device, chunk):
-        scores = restore_rows(read, size, frame, first, last)
-        labels[first:last] = scores.max(dim=0).indices  # on a CPU far faster than argmax
+    for rows, scores in restored(logits, frame):
+        labels[rows] = scores.max(dim=0).indices  # on a CPU far faster than argmax
     return labels
-
-
-def resize(maps: Tensor, size: Size) -> Tensor:
-    """Bilinear [B, C, h, w] -> [B, C, *size], corners not aligned."""
-    return F.interpolate(maps, size, mode="bilinear", align_corners=False)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from vitdense.layers.norm import Norm, make_norm
 
 
-class ConvNorm(nn.Sequential):
-    """Convolution of the same size without bias, norm, ReLU."""
+class ConvNormReLU(nn.Sequential):
+    """A convolution that keeps the size and has no bias, norm, ReLU."""
 
     def __init__(self, channels_in: int, channels: int, kernel: int, norm: Norm) -> None:
         super().__init__(
@@ -33,8 +33,8 @@ class Classifier(nn.Sequential):
 def pool(maps: Tensor, size: int) -> Tensor:
     """`adaptive_avg_pool2d` to size x size, as two matrix products.
 
-    They export with sizes that are only known at run time, and their gradients are deterministic
-    on CUDA.
+    These export with sizes that are known at run time only, and have deterministic gradients on
+    CUDA; torch's own has neither.
     """
     rows = _cells(size, maps.shape[-2], maps)
     columns = _cells(size, maps.shape[-1], maps)

@@ -20,14 +20,14 @@ FusionNorm = Norm | Literal["none"]
 class DPTHead(SemanticHead):
     """Dense prediction transformer (Ranftl et al. 2021, arXiv 2103.13413), as in transformers.
 
-    The maps of a plain ViT (`neck: none`) are brought to a quarter of the patch, half, one and
-    two; a pyramid's levels stay at their strides. Fused maps take the size of the next finer one,
-    so that odd grids stay in place. Logits have twice the size of the finest fused map: that of
-    the image for patches of 16.
+    The maps of a plain ViT (`neck: none`) are resampled to 1/4, 1/2, 1 and 2 times the stride of
+    its patches; the levels of a pyramid keep theirs. A fused map is resized to the next finer map,
+    so that odd sizes stay aligned. Logits have twice the size of the last fused map, which is the
+    size of the image for patches of 16.
 
-    The readout `project` adds what the class token knows to every patch: the backbone then gives
-    maps that end in the token's channels, `class_token: concat`. For the readout `add` set
-    `class_token: add` there.
+    The readout `project` mixes the class token into every patch. For that the backbone has to give
+    maps that end in the channels of the token: `class_token: concat`. The readout `add` of the
+    paper is the backbone's `class_token: add`.
 
     Raises:
         ValueError: there is one level, a map would be resampled by a factor that is no integer
@@ -76,7 +76,7 @@ class DPTHead(SemanticHead):
     def forward(
         self, features: list[Tensor], targets: list[Target] | None = None
     ) -> SemanticOutputs:
-        """Logits of twice the size of the finest fused map, which has twice the finest level's."""
+        """Logits at a quarter of the finest level's stride after reassembly."""
         stages = zip(self.readouts, self.reassemble, self.convs, features, strict=True)
         maps = [conv(layers(readout(map_))) for readout, layers, conv, map_ in stages]
         fused = None
@@ -88,7 +88,7 @@ class DPTHead(SemanticHead):
 
 
 class Fusion(nn.Module):
-    """Add a map to what is fused so far, refine, and double the size.
+    """Add a map to the fused ones, refine the sum, and double its size.
 
     Args:
         alone: for the coarsest map, to which nothing is added.
@@ -101,7 +101,7 @@ class Fusion(nn.Module):
         self.project = nn.Conv2d(channels, channels, 1)
 
     def forward(self, map_: Tensor, fused: Tensor | None, finer: Tensor | None) -> Tensor:
-        """float [B, C, h, w] twice -> [B, C, *size of `finer`], or of 2h x 2w without one."""
+        """float [B, C, h, w] and the same fused -> [B, C, *size of `finer`], or [B, C, 2h, 2w]."""
         if self.merge is not None and fused is not None:
             map_ = fused + self.merge(map_)
         size = None if finer is None else (finer.shape[-2], finer.shape[-1])
@@ -109,7 +109,7 @@ class Fusion(nn.Module):
 
 
 class Residual(nn.Module):
-    """Two 3x3 convolutions, ReLU before each, and what came in added."""
+    """Two 3x3 convolutions with ReLU before each, beside the identity."""
 
     def __init__(self, channels: int, norm: FusionNorm) -> None:
         super().__init__()
@@ -127,13 +127,13 @@ class Residual(nn.Module):
 
 
 def _enlarge(maps: Tensor, size: Size | None = None) -> Tensor:
-    """Bilinear to a size, by default twice the maps'; corners are aligned, as in DPT."""
+    """Bilinear resizing, by default to twice the size; corners are aligned, as in DPT."""
     size = size or (2 * maps.shape[-2], 2 * maps.shape[-1])
     return F.interpolate(maps, size, mode="bilinear", align_corners=True)
 
 
 def _scales(levels: list[Level]) -> list[float]:
-    """Factors of size that give every level twice the stride of the one before."""
+    """Factors that resize the levels so that each has twice the stride of the one before."""
     if len(levels) < 2:
         raise ValueError(
             "levels: DPT fuses at least two; set backbone.out_indices and `neck: none`"

@@ -11,20 +11,21 @@ from torch import Tensor, nn
 
 from vitdense.heads.segmentation.mask_head import MaskHead, MaskOutputs
 from vitdense.layers.linear import Linear
+from vitdense.layers.norm import make_norm
 from vitdense.structures import Level, Size, Target, Task
 
 
 class EomtHead(MaskHead):
-    """Queries, and their classes and masks wherever they meet the patches (2503.19108, section 3).
+    """Queries, and their classes and masks after any block of the ViT (2503.19108, section 3).
 
     The queries run through the last blocks of a ViT together with the patches: `models/eomt.py`.
 
     Args:
         levels: the patches' one level.
-        queries: answers per image.
-        upscale: how often the map is doubled before the masks; None: as often as it takes to get
-            to stride 4, at least once.
-        settings: those of `MaskHead`.
+        queries: masks with a class in each image.
+        upscale: how often the map of patches is doubled for the masks; None = until its stride is
+            4, at least once.
+        settings: further arguments of `MaskHead`.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class EomtHead(MaskHead):
         self.upscale = nn.Sequential(*(Doubling(width) for _ in range(upscale)))
 
     def forward(self, features: list[Tensor], targets: list[Target] | None = None) -> MaskOutputs:
-        """The answers at one place of the backbone.
+        """Classes and masks of the queries after any block.
 
         Args:
             features: queries float [B, Q, C] and patches float [B, C, H, W], both normed.
@@ -66,12 +67,10 @@ class Doubling(nn.Module):
     """Twice the size: a transposed convolution, GELU, a depthwise convolution, a norm."""
 
     def __init__(self, width: int) -> None:
-        from timm.layers import LayerNorm2d
-
         super().__init__()
         self.expand = nn.ConvTranspose2d(width, width, 2, stride=2)
         self.mix = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
-        self.norm = LayerNorm2d(width)
+        self.norm = make_norm("layer", width)
 
     def forward(self, maps: Tensor) -> Tensor:
         """float [B, C, H, W] -> [B, C, 2 H, 2 W]."""

@@ -35,23 +35,23 @@ class Mask2FormerHead(MaskHead):
         num_classes: int,
         *,
         task: Literal["semantic", "instance", "panoptic"] = "panoptic",  # what to answer
-        input_levels: list[int] | None = None,  # attention's; by default strides from 8
+        input_levels: list[int] | None = None,  # of attention; by default those of stride 8 and up
         num_levels: PositiveInt = 3,  # levels of attention; those missing are made from the last
         queries: PositiveInt = 100,  # masks that are found in an image at most
-        width: PositiveInt = 256,  # of the queries and of the cells
-        heads: PositiveInt = 8,  # of attention
+        width: PositiveInt = 256,  # channels of the queries and of the maps
+        heads: PositiveInt = 8,  # attention heads
         points: PositiveInt = 4,  # sampled by each head on each level
         encoder_layers: NonNegativeInt = 6,  # layers of deformable attention over the cells
         encoder_ffn: PositiveInt = 1024,  # hidden width of their feed-forward layers
         checkpointing: bool = False,  # recompute the encoder in backward: less memory, more time
-        decoder_layers: PositiveInt = 9,  # layers of queries over the cells
+        decoder_layers: PositiveInt = 9,  # layers in which queries attend to the maps
         ffn: PositiveInt = 2048,  # hidden width of their feed-forward layers
         dropout: Fraction = 0.0,  # in every transformer layer
         class_weight: NonNegativeFloat = 2.0,  # of the class in matching and loss
-        mask_weight: NonNegativeFloat = 5.0,  # of the cross-entropy of masks in both
-        dice_weight: NonNegativeFloat = 5.0,  # of the Dice of masks in both
+        mask_weight: NonNegativeFloat = 5.0,  # of the masks' cross-entropy in matching and loss
+        dice_weight: NonNegativeFloat = 5.0,  # of the masks' Dice in matching and loss
         background: NonNegativeFloat = 0.1,  # weight of "no object" among the classes
-        mask_points: PositiveInt = 12544,  # of an image, and of each mask, in both
+        mask_points: PositiveInt = 12544,  # points of a mask that matching and loss look at
         max_detections: PositiveInt = 100,  # instance: best ones kept for each image
         nms: Fraction
         | None = None,  # instance: overlap from which a class's lesser mask is dropped

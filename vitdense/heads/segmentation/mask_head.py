@@ -1,4 +1,4 @@
-"""What every head of mask classification shares: its outputs, its loss, its answers."""
+"""The base of heads that classify masks: outputs, loss, answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vitdense.ops.restoring import restore_masks
 from vitdense.structures import Frame, Level, Prediction, Size, Target, Task
 
 TASKS: tuple[Task, ...] = ("semantic", "instance", "panoptic")
-"""What masks with classes can answer."""
+"""Values of the option `task`."""
 
 
 @dataclass(slots=True)
@@ -26,8 +26,8 @@ class MaskOutputs:
 
     Attributes:
         logits: float [L, B, Q, C + 1], the last class is "no object".
-        masks: L floats [B, Q, h, w], logits over the canvas; a list, to stack them would copy, and
-            in the precision of the computation, as they are only read at points or a few at a time.
+        masks: L times float [B, Q, h, w], logits over the canvas. A list, because stacking would
+            copy them, and not raised to float32: they are read at points, or a few at a time.
         canvas: (height, width) in pixels.
     """
 
@@ -39,14 +39,14 @@ class MaskOutputs:
 class MaskHead(Head):
     """Each query is a mask with a class; subclasses write `forward`, which gives `MaskOutputs`.
 
-    One way to train for all tasks; they differ in what a mask is - an object, a segment, all of a
-    class - and in how masks become an answer.
+    All tasks are trained alike. They differ in what a true mask is (an object, a segment, or all
+    pixels of a class), and in how masks become an answer.
 
     Args:
         task: what it answers.
         criterion: its loss.
-        max_detections: instance: best pairs of query and class kept for each image.
-        nms: instance: overlap of masks from which the lesser of a class is dropped.
+        max_detections: instance: how many pairs of query and class are kept for each image.
+        nms: instance: IoU above which the lesser of two masks of a class is dropped.
         score_threshold, overlap_threshold: panoptic: see `merge_masks`.
 
     Raises:
@@ -80,12 +80,12 @@ class MaskHead(Head):
         return self.criterion(outputs.logits, outputs.masks, targets, self.task)
 
     def semantic_logits(self, outputs: MaskOutputs) -> Tensor:
-        """How far each pixel belongs to each class, float [B, C, h, w] in 0..Q over the canvas."""
+        """Sum over queries of class times mask probability, float [B, C, h, w] in 0..Q."""
         classes = outputs.logits[-1].softmax(-1)[..., :-1]
         return torch.einsum("bqc,bqhw->bchw", classes, full_precision(outputs.masks[-1]).sigmoid())
 
     def probabilities(self, scores: Tensor) -> Tensor:
-        """The share of each class: the scores are sums of probabilities already, no logits."""
+        """The share of each class, as the scores are sums of probabilities, not logits."""
         return scores / scores.sum(0).clamp(min=1e-6)
 
     def predict(self, outputs: MaskOutputs, frames: list[Frame]) -> list[Prediction]:

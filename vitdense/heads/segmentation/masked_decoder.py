@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitdense.layers.attention import Attention
 from vitdense.layers.linear import Linear
 from vitdense.layers.mlp import MLP, FeedForward
 from vitdense.layers.position import sine_position
+from vitdense.layers.resize import resize
 from vitdense.structures import Size
 
 
@@ -61,12 +61,12 @@ class MaskPredictor(nn.Module):
 
 
 class MaskedDecoder(nn.Module):
-    """Learned queries that attend to one level after the other, round robin, each within the mask
-    that it predicts (Cheng et al. 2022, Mask2Former, section 3.2.1).
+    """Learned queries that attend to one level after the other, in turn, each within the mask that
+    it predicts (Cheng et al. 2022, Mask2Former, section 3.2.1).
 
     Args:
         classes: logits of a query, "no object" included.
-        levels: of the maps that are attended to.
+        levels: how many maps are attended to.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class MaskedDecoder(nn.Module):
         ]
         shapes: list[Size] = [(x.shape[-2], x.shape[-1]) for x in maps]
         positions = [self._positions(shape) for shape in shapes]
-        small = [_resize(features.detach(), shape) for shape in shapes]
+        small = [resize(features.detach(), shape) for shape in shapes]
         queries, places = (
             it.weight[None].expand(len(features), -1, -1) for it in (self.queries, self.places)
         )
@@ -130,10 +130,10 @@ def draw_masks(embeddings: Tensor, features: Tensor) -> Tensor:
 
 
 def attention_mask(embeddings: Tensor, features: Tensor) -> Tensor:
-    """Which cells lie in each query's mask; for an empty mask, all.
+    """Which cells lie in each query's mask; all of them where the mask is empty.
 
-    The masks' logits are drawn at the size of the cells: they are linear in the features, and so
-    is resizing, thus to resize the features once equals to resize the masks of every layer.
+    Masks are linear in the features, and so is resizing: features that were resized once give the
+    resized masks of every layer.
 
     Args:
         embeddings: float [B, Q, width].
@@ -144,7 +144,3 @@ def attention_mask(embeddings: Tensor, features: Tensor) -> Tensor:
     """
     inside = draw_masks(embeddings, features).flatten(2) >= 0
     return (inside | ~inside.any(-1, keepdim=True))[:, None]
-
-
-def _resize(maps: Tensor, size: Size) -> Tensor:
-    return F.interpolate(maps, size, mode="bilinear", align_corners=False)

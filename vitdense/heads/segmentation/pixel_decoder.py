@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitdense.heads.detection.deformable_encoder import DeformableEncoder
 from vitdense.heads.detection.deformable_transformer import DeformableEncoderLayer
-from vitdense.heads.detection.inputs import LevelInputs, flatten_levels
+from vitdense.heads.detection.inputs import LevelInputs, flatten_levels, split_levels
+from vitdense.layers.resize import resize
 
 
 class PixelDecoder(nn.Module):
@@ -17,12 +17,12 @@ class PixelDecoder(nn.Module):
     Mask2Former, section 3.2.2).
 
     Args:
-        fine, coarse: channels of the maps that the FPN reads, and of those that attention reads;
-            both finest first. Without fine ones, masks are as fine as attention's finest map.
-        levels: of attention; those missing are made from the last by halving it.
+        fine: channels of the maps that only the FPN reads, finest first; may be none.
+        coarse: channels of the maps that attention reads, finest first.
+        levels: of attention; those missing are made by halving the last map.
         width, heads, hidden, dropout, points: of the layers of attention.
-        layers: how many, which may be none.
-        checkpointing: backward computes them again instead of keeping what they made.
+        layers: how many of them, which may be none.
+        checkpointing: the backward pass computes them again instead of keeping activations.
     """
 
     def __init__(
@@ -61,14 +61,8 @@ class PixelDecoder(nn.Module):
             `levels` maps float [B, width, H_i, W_i], coarsest first, and the features of masks,
             float [B, width, H, W] at the size of the finest map.
         """
-        maps = self.inputs(coarse)[::-1]
-        shapes = [(x.shape[-2], x.shape[-1]) for x in maps]
-        cells = self.encoder(flatten_levels(maps), shapes)
-        split = cells.split([height * width for height, width in shapes], 1)
-        maps = [
-            level.transpose(1, 2).unflatten(-1, shape)
-            for level, shape in zip(split, shapes, strict=True)
-        ]
+        cells, shapes = flatten_levels(self.inputs(coarse)[::-1])
+        maps = split_levels(self.encoder(cells, shapes), shapes)
         finest = maps[-1]
         for step, features in zip(reversed(self.fpn), reversed(fine), strict=True):
             finest = step(finest, features)
@@ -89,9 +83,7 @@ class FpnStep(nn.Module):
 
     def forward(self, coarse: Tensor, fine: Tensor) -> Tensor:
         """float [B, width, h, w], [B, channels, H, W] -> [B, width, H, W]."""
-        size = fine.shape[-2:]
-        enlarged = F.interpolate(coarse, size, mode="bilinear", align_corners=False)
-        return self.smooth(self.lateral(fine) + enlarged)
+        return self.smooth(self.lateral(fine) + resize(coarse, fine.shape[-2:]))
 
 
 def _norm(width: int) -> nn.Module:
@@ -99,7 +91,7 @@ def _norm(width: int) -> nn.Module:
 
 
 def _xavier(conv: nn.Conv2d) -> nn.Conv2d:
-    """Caffe2's Xavier, as detectron2 starts the convolutions of a pyramid."""
+    """Caffe2's Xavier initialisation, which detectron2 gives to the convolutions of a pyramid."""
     nn.init.kaiming_uniform_(conv.weight, a=1)
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)

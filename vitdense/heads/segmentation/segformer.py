@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from vitdense.heads.segmentation.base import SemanticHead, SemanticOutputs, resize
-from vitdense.heads.segmentation.blocks import Classifier, ConvNorm
+from vitdense.heads.segmentation.base import SemanticHead, SemanticOutputs
+from vitdense.heads.segmentation.blocks import Classifier, ConvNormReLU
+from vitdense.layers.resize import resize
 from vitdense.registry import HEADS, Fraction
 from vitdense.structures import Level, Target
 
@@ -18,8 +19,8 @@ from vitdense.structures import Level, Target
 class SegFormerHead(SemanticHead):
     """The all-MLP decoder of SegFormer (Xie et al. 2021, arXiv 2105.15203, section 3.2).
 
-    The fusion is a 1x1 convolution of all levels, which commutes with resizing: each level goes
-    through its part of it at its own size, and the results are summed at the finest.
+    All levels are fused by a 1x1 convolution. Because that commutes with resizing, each level goes
+    through its part of the weights at its own size, and the results are summed at the finest.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class SegFormerHead(SemanticHead):
     ) -> None:
         super().__init__(levels, num_classes, losses, class_weights, label_smoothing)
         self.inputs = nn.ModuleList(nn.Conv2d(level.channels, channels, 1) for level in levels)
-        self.fuse = ConvNorm(len(levels) * channels, channels, 1, norm)
+        self.fuse = ConvNormReLU(len(levels) * channels, channels, 1, norm)
         self.classifier = Classifier(channels, num_classes, dropout)
 
     def forward(
@@ -49,6 +50,5 @@ class SegFormerHead(SemanticHead):
         weights = conv.get_parameter("weight").chunk(len(features), dim=1)
         levels = zip(self.inputs, weights, features, strict=True)
         finest, *coarser = [F.conv2d(project(map_), weight) for project, weight, map_ in levels]
-        size = (finest.shape[-2], finest.shape[-1])
-        fused = sum((resize(map_, size) for map_ in coarser), start=finest)
+        fused = sum((resize(map_, finest.shape[-2:]) for map_ in coarser), start=finest)
         return SemanticOutputs(self.classifier(activation(norm(fused))))

@@ -10,6 +10,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from vitdense.heads.segmentation.base import SemanticHead, SemanticOutputs
+from vitdense.layers.attention import check_heads
 from vitdense.registry import HEADS, Fraction
 from vitdense.structures import Level, Target
 
@@ -19,8 +20,8 @@ class SegmenterHead(SemanticHead):
     """The mask transformer of Segmenter (Strudel et al. 2021, arXiv 2105.05633, section 3.2).
 
     Reads the last level alone, which should be that of a plain ViT with its final norm: set
-    `neck: none`. A mask is the product of a class's embedding with every patch's, both of length
-    one; the masks of all classes are then normalised together.
+    `neck: none`. A class's mask is the cosine of its embedding and every patch's; a layer norm then
+    goes over the classes of each patch.
 
     Raises:
         ValueError: `heads` does not divide the width.
@@ -45,9 +46,7 @@ class SegmenterHead(SemanticHead):
         super().__init__(levels, num_classes, losses, class_weights, label_smoothing)
         channels = levels[-1].channels
         width = width or channels
-        heads = heads or max(1, width // 64)
-        if width % heads:
-            raise ValueError(f"heads: {heads} does not divide the width {width}")
+        heads = check_heads(width, heads or max(1, width // 64))
         self.embed = nn.Linear(channels, width)
         self.classes = nn.Parameter(torch.empty(1, num_classes, width))
         self.blocks = _blocks(layers, width, heads, dropout, drop_path)

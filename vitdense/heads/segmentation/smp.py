@@ -12,30 +12,31 @@ from typing import Any, Literal
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from vitdense.heads.segmentation.base import SemanticHead, SemanticOutputs, resize
+from vitdense.heads.segmentation.base import SemanticHead, SemanticOutputs
 from vitdense.layers.norm import Norm, make_norm
+from vitdense.layers.resize import resize
 from vitdense.registry import HEADS, Fraction, suggest
 from vitdense.structures import Level, Target
 
 BLOCKS = (256, 128, 64, 32, 16)
 ATROUS = {"atrous_rates": (12, 24, 36), "aspp_dropout": 0.5}
 POOLED = 8
-"""Cells per side that PAN's attention needs: it halves the coarsest map three times."""
+"""Cells per side that PAN needs of the coarsest map, which its attention halves three times."""
 
 
 @dataclass(frozen=True)
 class Design:
-    """What the head must know of a decoder.
+    """Facts about a decoder of smp.
 
     Attributes:
-        module, name: where smp has it.
-        channels: their usual value, one number, or one for each block of a U.
-        argument: what smp calls them.
-        kernel: of the classifier.
-        needs: levels that it reads at least and at most.
-        doubles: each level must have twice the stride of the one before.
+        module, name: of its class within smp.
+        channels: default width, or widths for the blocks of a U-Net.
+        argument: smp's name for `channels`.
+        kernel: size of the classifier's convolution.
+        needs: the fewest and the most levels that it can read.
+        doubles: whether each level must have twice the stride of the one before.
         reads: `all` levels, or the `last` alone.
-        options: usual arguments of its constructor that have no default there.
+        options: values of arguments that have no default in smp.
     """
 
     module: str
@@ -50,11 +51,11 @@ class Design:
 
     @property
     def is_u(self) -> bool:
-        """Whether it goes on to the size of the image, block by block."""
+        """Whether it is a U-Net: its blocks double the size, up to that of the image."""
         return self.argument == "prefinal_channels" or isinstance(self.channels, tuple)
 
     def load(self) -> Callable[..., nn.Module]:
-        """The class."""
+        """The decoder's class."""
         package = f"segmentation_models_pytorch.decoders.{self.module}.decoder"
         return getattr(importlib.import_module(package), self.name)
 
@@ -84,15 +85,15 @@ DESIGNS = {
 class SmpHead(SemanticHead):
     """A decoder of segmentation_models_pytorch, equal to its model on the same feature maps.
 
-    smp's decoders read the image and maps from stride 2 on. What the levels lack is given to them
-    as maps without channels, as smp itself does for Swin: the blocks there only enlarge. So a U
-    ends at the size of the image, whatever its finest level; fewer `channels` stop it earlier.
-    Give convolutional nets `out_indices: [0, 1, 2, 3, 4]` to add the level of stride 2. Plain
-    ViTs need a neck that makes a pyramid.
+    smp's decoders read the image and maps from stride 2 on. For those that the backbone lacks they
+    get maps without channels, as smp itself does for Swin, so that their blocks only enlarge. A
+    U-Net thus ends at the size of the image, whatever its finest level; fewer `channels` end it
+    earlier. Convolutional nets have a level of stride 2 too with `out_indices: [0, 1, 2, 3, 4]`.
+    Plain ViTs need a neck that makes a pyramid.
 
-    Beyond smp: `norm` replaces each batch norm (of one channel: not); DeepLabV3+ takes any stride;
-    PAN's coarsest map is enlarged to 8 cells a side where it is smaller. smp's DPT is the head
-    `dpt` here.
+    Different from smp: `norm` replaces batch norms (but for those of one channel), DeepLabV3+ takes
+    any stride, and PAN's coarsest map is enlarged where it has fewer than 8 cells a side. smp's DPT
+    is the head `dpt` here.
 
     Raises:
         ValueError: the decoder cannot read the levels, or has no such option.
@@ -116,7 +117,7 @@ class SmpHead(SemanticHead):
             "upernet",
             "segformer",
         ] = "unet",  # as smp.create_model calls it
-        channels: PositiveInt | list[PositiveInt] | None = None,  # a list for a U; null = smp's
+        channels: PositiveInt | list[PositiveInt] | None = None,  # a list for U-Nets; null = smp's
         norm: Literal["auto", "batch", "sync", "group", "layer"] = "auto",  # auto: batch or sync
         options: dict[str, Any] | None = None,  # more arguments of smp's decoder: {dropout: 0.1}
         losses: dict[str, PositiveFloat] | None = None,  # weights by name; null = cross_entropy
@@ -168,13 +169,13 @@ class SmpHead(SemanticHead):
 
 
 def _missing(levels: list[Level], design: Design) -> int:
-    """Levels from the image's to the one before the finest; what is no U wants two at most."""
+    """How many levels finer than the backbone's are passed empty; at most two if not a U-Net."""
     count = round(math.log2(levels[0].stride))
     return count if design.is_u else min(count, 2)
 
 
 def _blocks(decoder: str, channels: int | list[int] | None, most: int) -> int | list[int]:
-    """The decoder's `channels`, checked against the blocks that it can have."""
+    """The decoder's `channels`, checked; a U-Net has at most `most` blocks."""
     usual = DESIGNS[decoder].channels
     if isinstance(usual, int):
         if isinstance(channels, list):
@@ -194,7 +195,7 @@ def _blocks(decoder: str, channels: int | list[int] | None, most: int) -> int | 
 def _build(
     decoder: str, widths: list[int], blocks: int | list[int], options: dict[str, Any]
 ) -> Any:
-    """smp's decoder, from what the levels say, what is usual, and the user's options."""
+    """smp's decoder for these widths of levels, with the user's options."""
     design = DESIGNS[decoder]
     cls = design.load()
     known = inspect.signature(cls).parameters
@@ -218,9 +219,9 @@ def _build(
 
 
 def _with_norms(module: Any, norm: Norm) -> Any:
-    """The module with its batch norms replaced: smp's fail where one image is pooled to a pixel.
+    """The module with its batch norms replaced: smp's fail to train on one image pooled to a pixel.
 
-    Maps of one channel, which PAN has, keep batch norm: over a channel there is nothing to norm.
+    Maps of one channel, which PAN has, keep batch norm: a norm over channels would make them 0.
     """
     for name, child in list(module.named_children()):
         if isinstance(child, nn.BatchNorm2d):
@@ -232,7 +233,7 @@ def _with_norms(module: Any, norm: Norm) -> Any:
 
 
 def _check_levels(decoder: str, levels: list[Level]) -> None:
-    """Whether the decoder can read the levels; raises ValueError."""
+    """Raise ValueError if the decoder cannot read the levels."""
     design = DESIGNS[decoder]
     strides = [level.stride for level in levels]
     least, most = design.needs

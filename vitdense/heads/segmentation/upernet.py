@@ -9,8 +9,9 @@ import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from vitdense.heads.segmentation.base import SemanticHead, SemanticOutputs, resize
-from vitdense.heads.segmentation.blocks import Classifier, ConvNorm, pool
+from vitdense.heads.segmentation.base import SemanticHead, SemanticOutputs
+from vitdense.heads.segmentation.blocks import Classifier, ConvNormReLU, pool
+from vitdense.layers.resize import resize
 from vitdense.registry import HEADS, Fraction
 from vitdense.structures import Level, Target
 
@@ -45,12 +46,14 @@ class UPerNetHead(SemanticHead):
         widths = [level.channels for level in levels]
         self.pool_scales = tuple(pool_scales)
         self.pools = nn.ModuleList(
-            ConvNorm(widths[-1], channels, 1, norm) for _ in self.pool_scales
+            ConvNormReLU(widths[-1], channels, 1, norm) for _ in self.pool_scales
         )
-        self.context = ConvNorm(widths[-1] + len(self.pools) * channels, channels, 3, norm)
-        self.laterals = nn.ModuleList(ConvNorm(width, channels, 1, norm) for width in widths[:-1])
-        self.smooths = nn.ModuleList(ConvNorm(channels, channels, 3, norm) for _ in widths[:-1])
-        self.fuse = ConvNorm(len(widths) * channels, channels, 3, norm)
+        self.context = ConvNormReLU(widths[-1] + len(self.pools) * channels, channels, 3, norm)
+        self.laterals = nn.ModuleList(
+            ConvNormReLU(width, channels, 1, norm) for width in widths[:-1]
+        )
+        self.smooths = nn.ModuleList(ConvNormReLU(channels, channels, 3, norm) for _ in widths[:-1])
+        self.fuse = ConvNormReLU(len(widths) * channels, channels, 3, norm)
         self.classifier = Classifier(channels, num_classes, dropout)
         self.aux_level = _nearest_to_16(levels) if aux_level is None else aux_level
         if self.aux_level >= len(levels):
@@ -58,7 +61,7 @@ class UPerNetHead(SemanticHead):
         self.aux = None
         if aux_weight:
             self.aux = nn.Sequential(
-                ConvNorm(widths[self.aux_level], aux_channels, 3, norm),
+                ConvNormReLU(widths[self.aux_level], aux_channels, 3, norm),
                 Classifier(aux_channels, num_classes, dropout),
             )
 
@@ -67,8 +70,8 @@ class UPerNetHead(SemanticHead):
     ) -> SemanticOutputs:
         """Logits at the stride of the finest level."""
         finest, *coarser = self._pyramid(features)
-        size = (finest.shape[-2], finest.shape[-1])
-        fused = self.fuse(torch.cat([finest, *(resize(map_, size) for map_ in coarser)], dim=1))
+        enlarged = [resize(map_, finest.shape[-2:]) for map_ in coarser]
+        fused = self.fuse(torch.cat([finest, *enlarged], dim=1))
         logits = self.classifier(fused)
         # In evaluation too: it costs a thousandth, and a validation loss needs it.
         return SemanticOutputs(logits, self.aux(features[self.aux_level]) if self.aux else None)
@@ -77,15 +80,13 @@ class UPerNetHead(SemanticHead):
         """Maps of `channels` channels, finest first."""
         sums = [self._context(maps[-1])]
         for lateral, map_ in zip(reversed(self.laterals), reversed(maps[:-1]), strict=True):
-            size = (map_.shape[-2], map_.shape[-1])
-            sums.insert(0, lateral(map_) + resize(sums[0], size))
+            sums.insert(0, lateral(map_) + resize(sums[0], map_.shape[-2:]))
         smoothed = [smooth(map_) for smooth, map_ in zip(self.smooths, sums, strict=False)]
         return [*smoothed, sums[-1]]
 
     def _context(self, map_: Tensor) -> Tensor:
-        size = (map_.shape[-2], map_.shape[-1])
         pooled = [
-            resize(conv(pool(map_, scale)), size)
+            resize(conv(pool(map_, scale)), map_.shape[-2:])
             for conv, scale in zip(self.pools, self.pool_scales, strict=True)
         ]
         return self.context(torch.cat([map_, *pooled], dim=1))
