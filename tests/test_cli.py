@@ -153,6 +153,7 @@ def test_our_own_faults_keep_their_traceback(
         ),
         (["list", "head", "seed=1"], "error: unknown argument 'seed=1'."),
         (["train", "x.yaml", "--data.root=a"], "Keys have no dashes: data.root=a"),
+        (["predict", "m", "a.jpg", "--out", "x", "--treshold=0.5"], "Did you mean '--threshold'?"),
         (["predict", "m", "a.jpg"], "error: the following arguments are required: --out"),
         ([], "error: the following arguments are required: COMMAND"),
         (["train"], "error: the following arguments are required: CONFIG\n"),

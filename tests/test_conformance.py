@@ -515,7 +515,7 @@ def test_sound_dataset():
         (OpenFile, "cannot be pickled"),
         (
             Pair,
-            r"Pair\[0\] must be a Sample with a Target, both of vitdense.structures; it is a tu",
+            r"Pair\[0\] must return a Sample with a Target, both of vitdense.structures; it ret",
         ),
     ],
 )

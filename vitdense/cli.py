@@ -74,7 +74,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def replay(args: argparse.Namespace) -> None:
-    """run the step again at which the loss was not finite, and say where it breaks"""
+    """rerun the step whose loss was not finite, and show where it breaks"""
     from vitdense.engine.replay import replay
 
     print(replay(args.folder, args.overrides))
@@ -106,7 +106,7 @@ def predict(args: argparse.Namespace) -> None:
 
 
 def score(args: argparse.Namespace) -> None:
-    """score predictions in files that any program wrote"""
+    """evaluate prediction files of any program"""
     from vitdense.inference.score import score
 
     always = ("run", "parser", "kind", "truth", "predictions", "json")
@@ -115,14 +115,14 @@ def score(args: argparse.Namespace) -> None:
 
 
 def convert(args: argparse.Namespace) -> None:
-    """convert public weights into a model of vitdense"""
+    """convert public weights into a vitdense model"""
     from vitdense.convert.conversion import convert
 
     print(convert(args.source, args.out, partial=args.partial))
 
 
 def check(args: argparse.Namespace) -> None:
-    """build what a config says and try one real batch"""
+    """build everything in a config and try one real batch"""
     from vitdense import config
 
     checked = config.load(args.config, args.overrides)
@@ -170,8 +170,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if stray:
         from vitdense.registry import suggest
 
-        hint = suggest(stray[0], re.findall(r"--[a-z-]+", args.parser.format_usage()))
-        if re.match(r"-+\w+(\.\w+)*=", stray[0]) and "overrides" in args:
+        word, value, _ = stray[0].partition("=")
+        hint = suggest(word, re.findall(r"--[a-z-]+", args.parser.format_usage()))
+        if not hint and value and "overrides" in args:
             hint = f" Keys have no dashes: {stray[0].lstrip('-')}"
         args.parser.error(f"unknown argument {stray[0]!r}.{hint}")
     if extra:
@@ -241,7 +242,7 @@ def _predict_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder to write to"
     )
-    text = "smallest score that is drawn (default %(default)s)"
+    text = "lowest score that is drawn (default %(default)s)"
     command.add_argument("--threshold", type=float, default=0.3, help=text)
     command.add_argument("--batch-size", type=int, default=1, help="images at a time")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")

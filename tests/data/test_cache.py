@@ -35,6 +35,14 @@ def never_decodes(*arguments: object) -> torch.Tensor:
     raise AssertionError("decoded again")
 
 
+@pytest.fixture(autouse=True)
+def roomy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Disk and memory are half empty, whatever this machine has."""
+    usage = module.shutil.disk_usage(tmp_path)._replace(total=2**30, free=2**29)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(module, "memory_of_machine", lambda: (2**29, 2**30))
+
+
 @pytest.fixture
 def cache(tmp_path: Path) -> ImageCache:
     return ImageCache(tmp_path / "cache")

@@ -17,7 +17,7 @@ from vitdense.data.base import DataError
 from vitdense.data.collate import collate
 from vitdense.data.color import distort
 from vitdense.data.folders import FoldersDataset
-from vitdense.data.images import image_size, read_image, read_labels
+from vitdense.data.images import image_size, is_turned, read_image, read_labels
 from vitdense.data.mixing import blend, join
 from vitdense.data.transforms import DetectionPolicy, SegmentationPolicy
 from vitdense.engine.checkpoint import Meta, save_model
@@ -147,6 +147,20 @@ def test_a_compression_that_tifffile_cannot_read_says_what_to_install(tmp_path, 
     monkeypatch.setattr(tifffile.TiffPageSeries, "asarray", read)
     with pytest.raises(DataError, match=r"a\.tif: cannot be decoded .*; pip install 'vitdense"):
         read_image(path, 5)
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.npy", "a.png"])
+def test_only_photos_are_turned(tmp_path, name):
+    """`predict` asks of every file, those too that Pillow cannot open."""
+    path = tmp_path / name
+    if name.endswith(".npy"):
+        np.save(path, deep(6, 9, 5))
+    elif name.endswith(".png"):
+        Image.fromarray(deep(6, 9)).save(path)
+    else:
+        tifffile = pytest.importorskip("tifffile")
+        tifffile.imwrite(path, deep(6, 9, 5), photometric="minisblack", planarconfig="contig")
+    assert not is_turned(path)
 
 
 def test_fractions_are_no_labels(tmp_path):

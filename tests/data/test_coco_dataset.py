@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,9 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
+from vitdense.data.base import DataError
 from vitdense.data.coco import CocoDataset
+from vitdense.data.coco_file import CocoFile
 
 
 def test_reads_boxes_classes_and_ids(coco):
@@ -141,3 +145,34 @@ def test_real_sets_equal_pycocotools(shared: Path, name, split, counts):
     assert (len(dataset), len(peer.anns)) == counts
     ids = [entry["id"] for entry in json.loads(dataset.annotations.read_text())["categories"]]
     assert dataset.category_ids == sorted(ids)
+
+
+def test_segmentations_are_kept_as_they_are_written(coco):
+    """Also by a worker that is spawned, to which the data set is pickled."""
+    polygons = [[0.1, 5, 30.123456789, 5.0, 30, 15], [1e-3, 2.5, 7, 8, 9.75, 2]]
+    text = {"size": [30, 40], "counts": "abc"}
+    for entry, segmentation in zip(coco.content["annotations"], (polygons, text), strict=True):
+        entry["segmentation"] = segmentation
+    coco.write()
+    file = pickle.loads(pickle.dumps(CocoFile(coco.file, coco.folder, segmentations=True)))
+    kept = {int(key): file.segmentation(place) for place, key in enumerate(file.ids)}
+    assert kept == {entry["id"]: entry["segmentation"] for entry in coco.content["annotations"]}
+
+
+def test_reading_leaves_the_garbage_collector_as_it_was(coco, monkeypatch):
+    """It stands still meanwhile, because it would go through all entries again and again."""
+    runs, loads = [], json.loads
+    monkeypatch.setattr(json, "loads", lambda text: runs.append(gc.isenabled()) or loads(text))
+    CocoDataset(coco.write(), "train")
+    assert runs == [False] and gc.isenabled()
+    coco.content["annotations"][0]["bbox"] = "here"
+    with pytest.raises(DataError, match="has the bbox 'here'"):
+        CocoDataset(coco.write(), "train")
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with pytest.raises(DataError):
+            CocoDataset(coco.root, "train")
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

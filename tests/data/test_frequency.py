@@ -14,7 +14,12 @@ from vitdense.data.base import DataError, shown_labels
 from vitdense.data.coco import CocoDataset
 from vitdense.data.coco_panoptic import CocoPanopticDataset
 from vitdense.data.folders import FoldersDataset
-from vitdense.data.frequency import class_frequencies, images_with_class, pixels_per_image
+from vitdense.data.frequency import (
+    class_frequencies,
+    images_with_class,
+    pixels_per_image,
+    repeat_factors,
+)
 from vitdense.data.shapes import ShapesDataset
 from vitdense.data.voc import VocDataset
 
@@ -90,3 +95,23 @@ def test_presence_among_objects(tmp_path):
     assert present.shape == (2, 20) and present.sum(1).tolist() == [1, 1]  # no difficult person
     with pytest.raises(ValueError, match="this data set has none"):
         class_frequencies(panoptic)
+
+
+def test_repeat_factors_are_those_of_the_rarest_class_that_is_shown():
+    shown = torch.rand(400, 30) < torch.rand(30).square()
+    shown[:5], shown[:, 7] = False, False  # images of nothing, a class of no image
+    part = shown.double().mean(0)
+    factors = (0.3 / part.clamp(min=1e-12)).sqrt().clamp(min=1)
+    expected = torch.where(shown, factors, 1.0).amax(1)
+    found = repeat_factors(shown, 0.3)
+    assert torch.equal(found, expected) and found.dtype == torch.float64
+    assert (found[:5] == 1).all() and found.max() > 1
+    assert repeat_factors(torch.zeros(3, 2, dtype=torch.bool), 0.3).tolist() == [1, 1, 1]
+
+
+def test_rows_are_those_of_the_images_that_were_asked_for(shapes_root):
+    dataset = ShapesDataset(shapes_root, "train", task="semantic", images=24, size=32)
+    everything = pixels_per_image(dataset)
+    images = [23, *range(0, 24, 2), 3, 5, 7, 9, 11, 3]  # more than a thread takes at a time
+    assert torch.equal(pixels_per_image(dataset, images=images), everything[images])
+    assert pixels_per_image(dataset, images=[]).shape == (0, 6)

@@ -29,16 +29,16 @@ def test_nothing_changed() -> None:
 @pytest.mark.parametrize(
     ("override", "line", "effect"),
     [
-        ("optimizer.lr=1e-3", "optimizer.lr: 0.0002 -> 0.001", "holds from here on"),
+        ("optimizer.lr=1e-3", "optimizer.lr: 0.0002 -> 0.001", "applies from here on"),
         ("data.workers=3", "data.workers: auto -> 3", NOTHING),
         ("train.ema=true", "train.ema: null -> 0.999", "the average goes on"),
         ("train.batch_size=8", "train.batch_size: 16 -> 8", "another order of the images"),
         ("model.head.dropout=0", "model.head.dropout: 0.2 -> 0.0", "or it is refused"),
         ("model.head=upernet", "model.head.name: linear -> upernet", "or it is refused"),
-        ("metric=coco", "metric: null -> coco", "do not compare"),
+        ("metric=coco", "metric: null -> coco", "not comparable"),
         ("schedule.name=constant", "schedule.name: cosine -> constant", "jumps to the new curve"),
         ("data.transforms.size=320", "data.transforms.size: 640 -> 320", "other images"),
-        ("inference.scales=[1.0, 2.0]", "inference.scales: [1.0] -> [1.0, 2.0]", "do not compare"),
+        ("inference.scales=[1.0, 2.0]", "inference.scales: [1.0] -> [1.0, 2.0]", "not comparable"),
         ("seed=3", "seed: 0 -> 3", "other random numbers"),
     ],
 )

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from vitdense import config
 from vitdense.config import ConfigError
-from vitdense.data.base import DataError
+from vitdense.data.base import DataError, Dataset
+from vitdense.data.frequency import class_frequencies
 from vitdense.engine.check import check, shapes, values
 
 CONFIG = """\
@@ -125,3 +127,19 @@ def test_shapes_of_nested_values() -> None:
     assert shapes([ones, ones.long()]) == "float32 [2, 3], int64 [2, 3]"
     assert shapes({"a": ones, "b": None}) == "a float32 [2, 3]"
     assert shapes(()) == ""
+
+
+def test_the_classes_of_all_images_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large data set that would take longer than all else together."""
+    looked_at: list[list[int]] = []
+
+    def count(dataset: Dataset, skip: bool, images: range) -> tuple[Tensor, Tensor]:
+        looked_at.append(list(images))
+        return class_frequencies(dataset, skip, images)
+
+    monkeypatch.setattr("vitdense.engine.check.LOOKED_AT", 3)
+    monkeypatch.setattr("vitdense.engine.build.class_frequencies", count)
+    monkeypatch.setattr("vitdense.engine.build.images_with_class", None)
+    changes = ["model.head={name: linear, class_weights: inverse}", "data.rare=0.5"]
+    assert "all is well" in check(config.loads(CONFIG, overrides=changes))
+    assert looked_at == [[0, 2, 4]]

@@ -49,7 +49,7 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
     def evaluate(*args: Any) -> dict[str, float]:
         value = values[place[0]]
-        return {"mIoU": value, "ECE": value, "IoU/disc": 1 - value}
+        return {"mIoU": value, "ECE": value, "IoU/circle": 1 - value}
 
     monkeypatch.setattr(train_module, "step", step)
     monkeypatch.setattr(run_module, "evaluate", evaluate)
@@ -75,6 +75,17 @@ def test_a_run_ends_when_it_gets_no_better(
     assert (longer["step"], longer["steps"], longer["stopped_early"]) == (8, 8, False)
 
 
+def test_a_run_that_nothing_measures_says_so(
+    make: Make, scores: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores[:] = [float("nan")] * 8
+    config = make("train.patience=null")
+    assert train(config)["mIoU"] is None
+    assert (config.output / "model.safetensors").is_file()
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"{config.output}: mIoU undefined for want of ground truth, from step 8"
+
+
 def test_the_count_goes_on_after_a_resumption(
     make: Make, scores: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,7 +103,7 @@ def test_the_count_goes_on_after_a_resumption(
 
 
 @pytest.mark.parametrize(
-    ("best", "step", "ends"), [("IoU/disc", 1, 3), ("ECE", 1, 3), ("mIoU", 5, 6)]
+    ("best", "step", "ends"), [("IoU/circle", 1, 3), ("ECE", 1, 3), ("mIoU", 5, 6)]
 )
 def test_any_number_may_decide(
     best: str, step: int, ends: int, make: Make, scores: list[float]
@@ -160,7 +171,7 @@ def test_tables_are_written_beside_the_lines(make: Make, scores: list[float]) ->
     config = make("train.steps=2", "train.evaluations=2")
     train(config)
     head, *rows = (config.output / "evaluation.csv").read_text().splitlines()
-    assert head == "step,mIoU,ECE,IoU/disc"
+    assert head == "step,mIoU,ECE,IoU/circle"
     assert [row.split(",")[:2] for row in rows] == [["1", "0.1"], ["2", "0.3"]]
     assert not (config.output / "tensorboard").exists()
 

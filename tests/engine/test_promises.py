@@ -17,6 +17,7 @@ from vitdense import config
 from vitdense.data.shapes import ShapesDataset
 from vitdense.data.transforms import NoPolicy
 from vitdense.engine.check import check
+from vitdense.engine.promises import maps_watched
 from vitdense.metrics.miou import MeanIoU
 from vitdense.structures import Level, Prediction
 
@@ -70,20 +71,20 @@ FAULTS: dict[str, tuple[type, str, Callable[[Any], Any], str]] = {
         ConvStages,
         "__init__",
         coarser,
-        "model.backbone: ConvStages promises 8 channels at stride 8 on level 0, which for an image",
+        "model.backbone: ConvStages: level 0 declares Level(channels=8, stride=8), so an image of ",
     ),
     "maps of other channels": (
         ResizedPyramid,
         "forward",
         lambda forward: altered(forward, lambda maps: [it[:, :4] for it in maps]),
-        "model.neck: ResizedPyramid promises 8 channels at stride 8 on level 0",
+        "model.neck: ResizedPyramid: level 0 declares Level(channels=8, stride=",
     ),
     "one map": (
         ConvStages,
         "forward",
         lambda forward: altered(forward, lambda maps: maps[-1]),
-        "model.backbone: ConvStages must return a list of 4 maps, one for each of its levels; it "
-        "returned a Tensor",
+        "model.backbone: ConvStages.forward must return a list of 4 maps, one per level of "
+        "`self.levels`; it returned a Tensor",
     ),
     "a bare loss": (
         WideLinearHead,
@@ -115,13 +116,13 @@ FAULTS: dict[str, tuple[type, str, Callable[[Any], Any], str]] = {
         ShapesDataset,
         "__getitem__",
         lambda item: altered(item, lambda sample: (sample.image, sample.target)),
-        "data.dataset: ShapesDataset must return a Sample with a Target; it returned a tuple",
+        "data.dataset: ShapesDataset must return a Sample with a Target, both of vitdense.struct",
     ),
     "a bare image": (
         NoPolicy,
         "train",
         lambda train: altered(train, lambda sample: sample.image),
-        "data.transforms: NoPolicy must return a Sample with a Target; it returned a Tensor",
+        "data.transforms: NoPolicy must return a Sample with a Target, both of vitdense.structur",
     ),
     "channels last": (
         ShapesDataset,
@@ -141,11 +142,11 @@ FAULTS: dict[str, tuple[type, str, Callable[[Any], Any], str]] = {
         lambda item: altered(item, boxed),
         "boxes must be x1, y1, x2, y2; in some x2 < x1 or y2 < y1",
     ),
-    "a number that is a tensor": (
+    "a number that is several": (
         MeanIoU,
         "compute",
-        lambda compute: altered(compute, lambda numbers: {"mIoU": torch.tensor(1.0)}),
-        "metric: MeanIoU.compute must return a dict of plain numbers by name; it returned {'mIoU'",
+        lambda compute: altered(compute, lambda numbers: {"mIoU": torch.ones(2)}),
+        "metric: MeanIoU.compute must return a dict of numbers by name; it returned {'mIoU'",
     ),
     "no headline": (
         MeanIoU,
@@ -168,3 +169,24 @@ def test_a_broken_promise_is_told_with_the_part(
     with pytest.raises(ValueError) as caught:
         check(config.loads(CONFIG))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda numbers: {name: it for name, it in numbers.items() if name != "IoU/circle"},
+        lambda numbers: {name: torch.tensor(it) for name, it in numbers.items()},
+    ],
+)
+def test_numbers_of_which_a_run_makes_no_fault_pass(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], Any]
+) -> None:
+    """A class that the few images lack, and numbers that are no plain floats."""
+    monkeypatch.setattr(MeanIoU, "compute", altered(MeanIoU.compute, change))
+    assert "by IoU/circle" in check(config.loads(CONFIG, overrides="train.best=IoU/circle"))
+
+
+def test_a_backbone_may_be_called_by_keyword() -> None:
+    model = config.loads(CONFIG).model(5)
+    with maps_watched(model):
+        assert len(model.backbone(images=torch.zeros(1, 3, 64, 64))) == len(model.backbone.levels)

@@ -61,7 +61,7 @@ def test_absent_devices_are_named() -> None:
     with pytest.raises(ValueError, match="^device: 'gpu' is no device"):
         runtime.choose_device("gpu")
     with pytest.raises(ValueError, match="^device: mps has no float64"):
-        runtime.choose_device("mps")
+        runtime.start("mps")
 
 
 def test_processes_do_not_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,8 +69,10 @@ def test_processes_do_not_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     assert [runtime.choose_device("cuda", rank).index for rank in (0, 1)] == [0, 1]
     assert runtime.choose_device("cuda:1").index == 1
-    with pytest.raises(ValueError, match="^device: cuda:0 is one GPU, and several processes"):
-        runtime.choose_device("cuda:0", 1)
+    assert runtime.choose_device("cuda:1", 1).index == 1
+    for name, rank in (("cuda:0", 1), ("cuda:1", 0)):
+        with pytest.raises(ValueError, match=f"^device: {name} is one GPU, and several processes"):
+            runtime.choose_device(name, rank)
 
 
 @dataclass

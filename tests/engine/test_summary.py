@@ -45,7 +45,8 @@ def make(tmp_path):
     return make
 
 
-def test_training_tells_what_it_will_do(make, capsys, tmp_path):
+def test_training_tells_what_it_will_do(make, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageCache, "room", 2.0**20)
     config = make(f"data.cache={tmp_path}/cache")
     train(config)
     lines = capsys.readouterr().err.splitlines()
@@ -57,7 +58,7 @@ def test_training_tells_what_it_will_do(make, capsys, tmp_path):
         r"  head +UPerNetHead, 0\.\d\d M parameters\n",
         r"adamw +lr .* weight decay 0(.05)?: .* M of backbone",
         r"lr 0.001, weight decay 0.05: 0\.\d\d M of (neck, )?head",
-        r"rate +cosine of these highest rates, warm-up 0.05",
+        r"rate +cosine from these peak rates, warm-up 0.05",
         r"step +2 images x 2 batches = 4 images, of 12 in train",
         r"length +6 steps, 2 epochs; .*evaluations on top: 1",
         r"device +cpu, float32",

@@ -19,9 +19,11 @@ from vitdense.data.base import DataError
 from vitdense.data.coco import CocoDataset
 from vitdense.inference.outputs import coco_results
 from vitdense.inference.score import score
+from vitdense.metrics import coco_files
 from vitdense.metrics.coco import CocoMetric
 from vitdense.metrics.miou import MeanIoU
-from vitdense.structures import Batch, Frame, Prediction, Target
+from vitdense.ops.run_length import RunLengths, encode, from_strings
+from vitdense.structures import Batch, Frame, Prediction, Size, Target
 
 SHARED = Path(__file__).parents[3] / "shared/data"
 COCO_OPEN = SHARED / "coco_open/annotations"
@@ -477,3 +479,29 @@ def test_the_command_reports_bad_files(tmp_path: Path, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         main(["score", "--kind", "segn", "--truth", "x", "--predictions", "y"])
     assert "--kind has no choice 'segn'. Did you mean 'segm'?" in capsys.readouterr().err
+
+
+def test_masks_are_decoded_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All at once, those of 5,000 images would take 8 GB."""
+    masks = torch.rand(9, 20, 30) > torch.linspace(0, 0.9, 9)[:, None, None]
+    texts = encode(masks).strings()
+    entries = [
+        {"image_id": 1, "category_id": 4, "score": 0.5, "segmentation": rle}
+        for rle in ({"size": [20, 30], "counts": text} for text in texts)
+    ]
+    coco_truth(tmp_path / "truth.json")
+    truth = coco_files.read_truth(tmp_path / "truth.json", "bbox")
+    decoded: list[int] = []
+
+    def decode(strings: list[str], sizes: list[Size]) -> RunLengths:
+        decoded.append(len(strings))
+        return from_strings(strings, sizes)
+
+    monkeypatch.setattr(coco_files, "from_strings", decode)
+    monkeypatch.setattr(coco_files, "MOST_LETTERS", 2 * max(map(len, texts)))
+    found = coco_files.results_of(entries, tmp_path / "found.json", truth, "segm")
+    assert found.masks is not None and found.masks.strings() == texts
+    assert sum(decoded) == 9 and max(decoded) < 9
+    entries[7] |= {"id": 77, "segmentation": {"size": [20, 30], "counts": "5"}}
+    with pytest.raises(DataError, match=r"found.json: an object of image 1 \(id 77\) has"):
+        coco_files.results_of(entries, tmp_path / "found.json", truth, "segm")

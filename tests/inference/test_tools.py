@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import vitdense
@@ -19,9 +20,12 @@ from vitdense.data.base import DataError
 from vitdense.data.shapes import ShapesDataset
 from vitdense.engine.checkpoint import CheckpointError, read_meta
 from vitdense.inference import tools
+from vitdense.inference.files import ImageFile
+from vitdense.inference.outputs import Detections, coco_results
 from vitdense.inference.report import table, to_json
 from vitdense.inference.score import score
 from vitdense.inference.tools import evaluate, predict
+from vitdense.structures import Prediction
 
 
 @pytest.fixture
@@ -248,3 +252,23 @@ def test_table():
 def test_configs_of_models_are_whole(detector):
     config = configs.loads(read_meta(detector).config)
     assert config.model.options["head"].options["queries"] == 20
+
+
+@pytest.mark.parametrize("sizes", [(), (0,), (2,), (0, 3, 0, 1)])
+def test_detections_of_all_images_are_one_list(tmp_path, sizes):
+    writer, expected = Detections(tmp_path, [3, 7]), []
+    for image, size in enumerate(sizes):
+        answer = Prediction(
+            scores=torch.rand(size),
+            labels=torch.arange(size) % 2,
+            boxes=torch.rand(size, 4).cumsum(1),
+            masks=torch.rand(size, 5, 6) > 0.5,
+        )
+        writer.add(ImageFile(Path(f"{image}.jpg"), str(image), image), answer)
+        expected += coco_results(answer, image, [3, 7])
+        for found, label, box in zip(
+            expected[-size:] if size else [], answer.labels, answer.boxes, strict=True
+        ):
+            assert found["category_id"] == [3, 7][label]
+            assert found["bbox"] == [*box[:2].tolist(), *(box[2:].double() - box[:2]).tolist()]
+    assert json.loads(writer.close().read_text()) == expected

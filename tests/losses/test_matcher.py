@@ -105,6 +105,15 @@ def test_no_truth_at_all_matches_nothing():
     assert matches.shape == (2, 2, 0)
 
 
+def test_more_objects_than_queries_are_told_once(caplog):
+    truths = Truths.from_targets(make_targets((3, 7)), CANVAS)
+    for queries in (7, 6, 6):
+        (found,) = match([torch.rand(2, 2, 7, queries)], truths)
+        assert (found[:, 1] >= 0).sum() == 2 * queries
+    assert len(caplog.records) == 1
+    assert "more objects than the head has queries, 6:" in caplog.text
+
+
 def test_a_fault_is_matched_so_that_the_loss_shows_it():
     torch.manual_seed(0)
     truths = Truths.from_targets(make_targets([2]), CANVAS)

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from vitdense.metrics import processes
 from vitdense.metrics.base import Metric
 from vitdense.metrics.coco import CocoMetric
 from vitdense.metrics.lvis import LvisMetric
 from vitdense.metrics.miou import MeanIoU
 from vitdense.metrics.object_metric import ObjectMetric
 from vitdense.metrics.panoptic import PanopticQuality
-from vitdense.metrics.processes import share
+from vitdense.metrics.processes import ImageSums, share
 from vitdense.metrics.voc import VocMetric
 from vitdense.structures import Batch, Frame, Prediction, Target
 
@@ -175,3 +176,23 @@ def test_an_image_belongs_to_the_lowest_rank(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
         placed.append(share(ids))
     assert placed == [[2, 0], [-1, 1, 4], [3, -1]]
+
+
+def test_counts_of_many_classes_do_not_wait_in_heaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables of 1,000 classes take 8 MB each."""
+    searched: list[int] = []
+    keep = ImageSums._keep
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
+    monkeypatch.setattr(processes, "sum_over_processes", lambda counts: counts)
+    monkeypatch.setattr(processes, "MOST_CELLS", 20)
+    monkeypatch.setattr(
+        ImageSums, "_keep", lambda self: searched.append(len(self._waiting)) or keep(self)
+    )
+    tables = torch.arange(45).reshape(5, 3, 3) % 4
+    sums = ImageSums(3, 3)
+    for table in tables:
+        sums.add(table[None])
+    assert searched == [3]
+    mine = torch.tensor([True, False, True, True, False])
+    assert torch.equal(sums.of_all([0, -1, 2, 3, -1]), tables[mine].sum(0))
+    assert searched == [3, 2]

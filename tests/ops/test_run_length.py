@@ -88,9 +88,11 @@ def test_parts_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     masks = torch.rand(9, 8, 8, generator=torch.Generator().manual_seed(3)) < 0.5
     whole = encode(masks)
     expected = whole.areas(), whole.boxes()
+    texts = whole.strings()
     monkeypatch.setattr(run_length, "MOST_EDGES", 40)
     assert len(whole.parts()) > 3
     assert torch.equal(whole.areas(), expected[0]) and torch.equal(whole.boxes(), expected[1])
+    assert whole.strings() == texts and len(texts) == 9
 
 
 def test_chunks_and_spread() -> None:

@@ -51,14 +51,16 @@ def _fault(kind: str, part: Any) -> str | None:
     for name in contract.facts:
         if not hasattr(part, name):
             return f"does not set `{name}`; do so in __init__, or call super().__init__"
-    for name in ("mean", "std") if kind == "backbone" else ():
-        if len(getattr(part, name)) != part.in_chans:
-            count = len(getattr(part, name))
-            return f"has {count} values in `{name}`; give one for each of in_chans={part.in_chans}"
-    from vitdense.structures import Task
+    if kind == "backbone":
+        for name in ("mean", "std"):
+            if (count := len(getattr(part, name))) != part.in_chans:
+                many = f"{count} values in `{name}`"
+                return f"has {many}; give one for each of in_chans={part.in_chans}"
+    if "task" in contract.facts:
+        from vitdense.structures import Task
 
-    if "task" in contract.facts and part.task not in get_args(Task):
-        return f"has the task {part.task!r}; it must be one of {', '.join(get_args(Task))}"
+        if part.task not in get_args(Task):
+            return f"has the task {part.task!r}; it must be one of {', '.join(get_args(Task))}"
     return None
 
 

@@ -62,7 +62,7 @@ class Choice(Section):
 
 
 class Data(Section):
-    """What the model learns from and is judged by."""
+    """What the model is trained and evaluated on."""
 
     dataset: Annotated[Part, PartOf("dataset")] = Field(description="the format of the data")
     root: Folder = Field(description="folder of the data set")
@@ -73,17 +73,17 @@ class Data(Section):
     )
     image_labels: Str | None = Field(
         default=None,
-        description="file under root with labels of whole images, for a model with an image_head: "
-        "a table with the columns image and label; null = there are none",
+        description="file under root with image-level labels, for a model with an image_head: "
+        "a table with the columns image and label; null = none",
     )
     rare: Fraction | None = Field(
         default=None,
-        description="images of classes that a smaller part of the images shows are seen more "
-        "often: the square root of this over that part; null = all as often",
+        description="images with a class that fewer than this fraction of images show are drawn "
+        "more often: by the square root of this over that fraction; null = all equally often",
     )
     workers: NonNegativeInt | Literal["auto"] = Field(
         default="auto",
-        description="processes that decode and augment; 0 = none beside the main one",
+        description="processes that decode and augment; 0 = load in the main process",
     )
     faulty: Literal["stop", "skip"] = Field(
         default="stop",
@@ -93,7 +93,7 @@ class Data(Section):
     cache: Literal["memory"] | Folder | None = Field(
         default=None,
         description="where decoded images are kept for later epochs: memory, shared by all "
-        "processes, or a folder that stays for later runs; null = nowhere",
+        "processes, or a folder that stays for later runs; null = no cache",
     )
 
 
@@ -116,65 +116,65 @@ class Train(Section):
         description="model.safetensors to start from; its classes are matched by name",
     )
     new_head: bool = Field(
-        default=False, description="start the head anew where it is another than that of init"
+        default=False, description="initialise the head anew, where init has another one"
     )
     batch_size: PositiveInt | Literal["auto"] = Field(
         default=16,
-        description="images per step and device; auto = as many as its memory takes",
+        description="images per step and device; auto = as many as fit into its memory",
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         default="auto",
-        description="of the computation; auto = bf16 on a GPU that has it, else fp32",
+        description="of the computation; auto = bf16 on a GPU that supports it, else fp32",
     )
     compile: Bool = Field(
         default=False,
-        description="compile the model by torch.compile: slow first steps, then faster ones",
+        description="compile the model with torch.compile: slow first steps, then faster ones",
     )
     channels_last: Bool = Field(
-        default=False, description="lay images and kernels out as convolutions on GPUs like them"
+        default=False, description="memory layout that convolutions on GPUs prefer"
     )
     accumulate: PositiveInt = Field(default=1, description="batches whose gradients make one step")
     sync_batch_norm: Bool = Field(
         default=False,
-        description="batch norms see the images of all processes, on GPUs",
+        description="batch norm statistics over the images of all processes, on GPUs",
     )
     shard: Bool = Field(
         default=False,
         description="split weights, gradients and optimizer over the processes (FSDP2), for models "
-        "too large for one GPU; alone it changes nothing",
+        "too large for one GPU; a single process ignores it",
     )
     clip: PositiveFloat | None = Field(
-        default=0.1, description="largest norm of the gradient; null = any"
+        default=0.1, description="maximum gradient norm; null = no clipping"
     )
     ema: Annotated[
         Annotated[Fraction, Field(lt=1)] | None,
         BeforeValidator(_decay),
         Words("a number from 0 to below 1, true (0.999) or null"),
     ] = Field(
-        default=None, description="decay of the averaged weights that are evaluated and saved"
+        default=None, description="decay of the averaged weights (EMA) that are evaluated and saved"
     )
     evaluations: PositiveInt = Field(
         default=5, description="evaluations, spread evenly over the run; the last is at its end"
     )
     best: Str | None = Field(
         default=None,
-        description="the number of an evaluation that says which model is the best one, as AP50 or "
+        description="the number of an evaluation that chooses the best model, e.g. AP50 or "
         "IoU/road; null = the metric's own: AP, mIoU, PQ",
     )
     patience: PositiveInt | None = Field(
         default=None,
-        description="evaluations without a better number after which the run ends; null = none",
+        description="end the run after this many evaluations without improvement; null = never",
     )
     observers: tuple[Literal["csv", "tensorboard", "wandb", "mlflow"], ...] = Field(
         default=("tensorboard",),
-        description="who keeps the curves, beside metrics.jsonl and the console",
+        description="where curves are logged, in addition to metrics.jsonl and the console",
     )
     checkpoint_every: PositiveInt = Field(default=500, description="steps between checkpoints")
     keep: PositiveInt = Field(
-        default=2, description="latest checkpoints that stay, beside the best model"
+        default=2, description="latest checkpoints that are kept, in addition to the best model"
     )
     pictures: NonNegativeInt = Field(
-        default=4, description="pictures of predictions beside truth at each evaluation"
+        default=4, description="pictures of predictions and ground truth at each evaluation"
     )
 
     @model_validator(mode="after")
@@ -268,24 +268,24 @@ NO_WINDOWS = "is for windows; set inference.window too, or remove it"
 
 
 class Inference(Section):
-    """How semantic models answer, in training, `eval` and `predict`: windows, flips, scales."""
+    """How semantic models predict, in training, `eval` and `predict`: windows, flips, scales."""
 
     window: PositiveInt | tuple[PositiveInt, PositiveInt] | None = Field(
         default=None,
         description="side, or height and width, of windows over the prepared image; null = whole",
     )
     overlap: BelowOne = Field(
-        default=1 / 3, description="least part of a window that the next one covers too"
+        default=1 / 3, description="smallest fraction of a window that the next one covers too"
     )
     blend: Literal["flat", "gaussian", "center"] = Field(
         default="flat",
-        description="where windows overlap: flat = the mean; gaussian = most from the window in "
-        "whose middle it lies; center = all from the nearest one",
+        description="where windows overlap: flat = the mean; gaussian = a mean that favours "
+        "each window's middle; center = only the nearest window",
     )
     batch_size: PositiveInt = Field(default=4, description="windows computed at a time")
     flip: Bool = Field(default=False, description="average with the image mirrored")
     scales: tuple[PositiveFloat, ...] = Field(
-        default=(1.0,), description="factors on the prepared image's size; the answers are averaged"
+        default=(1.0,), description="factors on the prepared image's size; predictions are averaged"
     )
 
     @model_validator(mode="after")

@@ -131,7 +131,7 @@ class FoldersDataset(MapDataset):
         return [stems[name] for name in listed]
 
     def _check_maps(self) -> None:
-        there = list_images(self.annotations)
+        there = dict.fromkeys(list_images(self.annotations))  # in their order
         maps = {str(name): self._label_name(str(name)) for name in self.names}
         try:
             check_maps(self.annotations, set(there), maps)

@@ -12,6 +12,9 @@ from torch import Tensor
 from vitdense.data.base import DataError, Dataset
 from vitdense.structures import IGNORE, Target
 
+TOGETHER = 16
+"""Images that a thread looks at in one go, as a call for each may take longer than the look."""
+
 
 def pixels_per_image(
     dataset: Dataset, skip: bool = False, images: Sequence[int] | None = None
@@ -51,9 +54,12 @@ def repeat_factors(shown: Tensor, rare: float) -> Tensor:
         shown: bool [images, C], as `images_with_class` gives it.
         rare: 0..1, classes that a smaller part of the images shows are rare.
     """
-    part = shown.double().mean(0)
+    # a number for each flag would take 8 bytes: gigabytes for millions of images
+    images, classes = shown.nonzero(as_tuple=True)
+    part = torch.bincount(classes, minlength=shown.shape[1]).double() / len(shown)
     factors = (rare / part.clamp(min=1e-12)).sqrt().clamp(min=1)
-    return torch.where(shown, factors, 1.0).amax(1)
+    least = torch.ones(len(shown), dtype=torch.float64)
+    return least.scatter_reduce(0, images, factors[classes], "amax")
 
 
 def images_with_class(
@@ -88,24 +94,31 @@ def _collect(
     from tqdm import tqdm
 
     images = range(len(dataset)) if images is None else images
+    table = torch.zeros(len(images), len(dataset.classes), dtype=dtype)
 
-    def count(index: int) -> Tensor | None:
-        try:
-            return read(index)
-        except DataError:
-            if not skip:
-                raise
-            return None
+    def look(start: int) -> int:
+        """Fill the rows of some images; how many of them can be read."""
+        found = 0
+        for row, index in enumerate(images[start : start + TOGETHER], start):
+            try:
+                table[row] = read(index)
+                found += 1
+            except DataError:
+                if not skip:
+                    raise
+        return found
 
     workers = min(8, os.cpu_count() or 1)  # decoding lets other threads run
-    with ThreadPoolExecutor(workers) as pool:
-        found = pool.map(count, images)
-        silent = None if 0 in images else True  # one bar is enough for several processes
-        rows = list(tqdm(found, what, len(images), leave=False, disable=silent))
-    if len(images) == len(dataset) and all(row is None for row in rows):
+    silent = None if 0 in images else True  # one bar is enough for several processes
+    bar = tqdm(desc=what, total=len(images), leave=False, disable=silent)
+    found = 0
+    with ThreadPoolExecutor(workers) as pool, bar:
+        for some in pool.map(look, range(0, len(images), TOGETHER)):
+            found += some
+            bar.update(min(TOGETHER, len(images) - bar.n))
+    if len(images) == len(dataset) and not found:
         read(images[0])  # raises what is wrong
-    none = torch.zeros(len(dataset.classes), dtype=dtype)
-    return torch.stack([none, *(none if row is None else row for row in rows)])[1:]
+    return table
 
 
 def _pixels(target: Target, classes: int) -> Tensor:

@@ -47,8 +47,7 @@ class LabelledDataset(Dataset):
         if not self.image_classes:
             raise DataError(f"{path}: has no label")
         self.rows = self._find_rows(rows)
-        labels = [self._multi_hot(rows[name]) for name in self.rows]
-        self._labels = np.array(labels, dtype=bool).reshape(len(labels), len(self.image_classes))
+        self._labels = self._multi_hot([rows[name] for name in self.rows])
 
     def __len__(self) -> int:
         return len(self.files)
@@ -70,14 +69,18 @@ class LabelledDataset(Dataset):
     def _label(self, target: Target, index: int) -> Target:
         return replace(target, image_labels=torch.from_numpy(self._labels[index].copy()))
 
-    def _multi_hot(self, labels: set[str]) -> list[bool]:
-        unknown = sorted(labels - set(self.image_classes))
-        if unknown:
-            raise DataError(
-                f"{self.path}: has the label '{unknown[0]}', which the model does not know; its "
-                f"labels of images are {', '.join(self.image_classes)}"
-            )
-        return [name in labels for name in self.image_classes]
+    def _multi_hot(self, labels: list[set[str]]) -> np.ndarray:
+        """bool [images, K]."""
+        columns = {name: column for column, name in enumerate(self.image_classes)}
+        flags = np.zeros((len(labels), len(columns)), dtype=bool)
+        for row, its in zip(flags, labels, strict=True):
+            if unknown := sorted(its - columns.keys()):
+                raise DataError(
+                    f"{self.path}: has the label '{unknown[0]}', which the model does not know; "
+                    f"its labels of images are {', '.join(self.image_classes)}"
+                )
+            row[[columns[name] for name in its]] = True
+        return flags
 
     def _find_rows(self, rows: Rows) -> list[str]:
         """The row of each image: of those that could be meant the one that says most."""

@@ -107,7 +107,7 @@ def image_size(path: Path) -> Size:
 
 def is_turned(path: Path) -> bool:
     """Whether a camera noted that the photo is to be seen otherwise than it is stored."""
-    if path.suffix.lower() == ".npy":
+    if path.suffix.lower() not in {".jpg", ".jpeg"}:
         return False
     with _opened(path) as image:  # Pillow decodes a whole PNG for its notes
         return image.format in {"JPEG", "MPO"} and image.getexif().get(_ORIENTATION, 1) != 1

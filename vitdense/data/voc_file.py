@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -47,7 +48,7 @@ def read_list(root: Path, folder: str, split: str, first_word: bool = False) -> 
     if not stems:
         raise DataError(f"{path}: lists no images")
     if len(set(stems)) < len(stems):
-        twice = next(stem for stem in stems if stems.count(stem) > 1)
+        twice = next(stem for stem, often in Counter(stems).items() if often > 1)
         raise DataError(f"{path}: lists '{twice}' twice; take one out")
     for stem in stems:
         if "/" in stem or "\\" in stem:

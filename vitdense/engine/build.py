@@ -173,7 +173,11 @@ def _set_things(model: Model, dataset: Dataset) -> None:
 
 
 def weigh_classes(
-    model: Model, dataset: Dataset, runtime: Runtime, faulty: Literal["stop", "skip"] = "stop"
+    model: Model,
+    dataset: Dataset,
+    runtime: Runtime,
+    faulty: Literal["stop", "skip"] = "stop",
+    most: int | None = None,
 ) -> None:
     """Tell losses that make up for rare classes how often the data has each.
 
@@ -181,6 +185,7 @@ def weigh_classes(
 
     Args:
         faulty: what to do at a label map that is missing or wrong.
+        most: label maps that are looked at, spread over the data set; by default all.
 
     Raises:
         DataError: there is one, and it is not to be skipped.
@@ -188,7 +193,8 @@ def weigh_classes(
     losses = [module for module in model.modules() if isinstance(module, DenseLoss)]
     losses = [loss for loss in losses if loss.balanced]
     if losses:
-        share = range(runtime.rank, len(dataset), runtime.world_size)
+        step = 1 if most is None else math.ceil(len(dataset) / most)
+        share = range(runtime.rank * step, len(dataset), runtime.world_size * step)
         parts = runtime.gather(class_frequencies(dataset, faulty == "skip", share))
         pixels, shared = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
         for loss in losses:

@@ -10,29 +10,29 @@ from typing import Any
 
 from vitdense.config import nodes
 
-NOTHING = "means nothing for the numbers"
+NOTHING = "no effect on the results"
 
-ROUNDING = "may round otherwise: equal up to the last digits"
+ROUNDING = "may round differently: equal up to the last digits"
 
-EVALUATION = "numbers from here on do not compare with those before; the best so far stays best"
+EVALUATION = "numbers from here on are not comparable with those before; the best so far stays best"
 
 EFFECTS = {
-    "model": "what is built must have the checkpoint's weights, or it is refused",
-    "data": "other images, or prepared otherwise, from here on",
+    "model": "the new model must fit the checkpoint's weights, or it is refused",
+    "data": "other images, or other preprocessing, from here on",
     "data.val": EVALUATION,
-    "data.rare": "another order of the images: some of this pass come again, some not at all",
+    "data.rare": "another order of the images: some of this pass may repeat or be skipped",
     "data.workers": NOTHING,
     "data.cache": NOTHING,
     "data.faulty": "for files that cannot be read from here on",
-    "train": "holds from here on",
+    "train": "applies from here on",
     "train.steps": "another length: schedule and evaluations stretch to it",
     "train.epochs": "another length: schedule and evaluations stretch to it",
     "train.minutes": "another length: schedule and evaluations stretch to it",
-    "train.init": "only counts at the start of a run: is ignored",
-    "train.new_head": "only counts at the start of a run: is ignored",
-    "train.batch_size": "another order of the images: some of this pass come again, or not at all; "
+    "train.init": "only used at the start of a run: ignored",
+    "train.new_head": "only used at the start of a run: ignored",
+    "train.batch_size": "another order of the images: some of this pass may repeat or be skipped; "
     "the learning rate stays",
-    "train.accumulate": "another order of the images: some of this pass come again, or not at all; "
+    "train.accumulate": "another order of the images: some of this pass may repeat or be skipped; "
     "the learning rate stays",
     "train.precision": ROUNDING,
     "train.compile": ROUNDING,
@@ -45,8 +45,8 @@ EFFECTS = {
     "train.checkpoint_every": NOTHING,
     "train.keep": NOTHING,
     "train.pictures": NOTHING,
-    "optimizer": "holds from here on; what the optimizer remembers stays",
-    "optimizer.name": "the new optimizer remembers nothing: expect a bump",
+    "optimizer": "applies from here on; the state of the optimizer stays",
+    "optimizer.name": "the new optimizer starts without state: expect a bump in the loss",
     "schedule": "the learning rate jumps to the new curve",
     "inference": EVALUATION,
     "metric": EVALUATION,
@@ -55,8 +55,8 @@ EFFECTS = {
     "seed": "other random numbers and another order of the images from here on",
     "device": ROUNDING,
     "images": "the training split has another number of them, in another order: some of "
-    "this pass come again, or not at all",
-    "processes": "another order of the images: some of this pass come again, or not at all; a step "
+    "this pass may repeat or be skipped",
+    "processes": "another order of the images: some of this pass may repeat or be skipped; a step "
     "learns from another number of them",
 }
 """What a change means, by the key or the nearest section above it."""

@@ -18,7 +18,7 @@ from vitdense.engine.build import Data
 from vitdense.engine.evaluate import answer as answer_batch
 from vitdense.engine.evaluate import check_inference, place
 from vitdense.engine.optim import build_optimizer
-from vitdense.engine.promises import check_answers, check_numbers
+from vitdense.engine.promises import check_answers, check_headline, numbers_of
 from vitdense.engine.runtime import Runtime
 from vitdense.engine.tally import Tally
 from vitdense.metrics.base import Metric
@@ -27,6 +27,9 @@ from vitdense.structures import Batch, Prediction
 
 BATCH_SIZE = 2
 """Images at most: enough for batch statistics, few enough for seconds on a CPU."""
+
+LOOKED_AT = 50
+"""Label maps that class weights are counted in; all of a large data set may take an hour."""
 
 
 def check(config: Config) -> str:
@@ -45,7 +48,7 @@ def check(config: Config) -> str:
     data = build.build_data(config)
     model = build.build_model(config, data)
     started = build.start(config, data, model)
-    build.weigh_classes(model, data.train, where, config.data.faulty)
+    build.weigh_classes(model, data.train, where, config.data.faulty, most=LOOKED_AT)
     model.to(where.device)
     labels = build.labels_of(model, data.train)
     train = data.train
@@ -76,7 +79,7 @@ def shrink(config: Config) -> Config:
     asked = config.train.batch_size
     size = BATCH_SIZE if asked == "auto" else min(asked, BATCH_SIZE)
     train = config.train.model_copy(update={"batch_size": size})
-    data = config.data.model_copy(update={"workers": 0, "cache": None})
+    data = config.data.model_copy(update={"workers": 0, "cache": None, "rare": None})
     return config.model_copy(update={"train": train, "data": data})
 
 
@@ -143,7 +146,7 @@ def try_prediction(
     check_answers(model, answers, len(batch.frames))
     metric.reset()
     metric.update(answers, batch)
-    check_numbers(metric, headline, metric.compute())
+    check_headline(metric, headline, numbers_of(metric))
     yield "prediction", f"images {shapes(batch.images)}, the first is {batch.paths[0]}"
     for name in (field.name for field in fields(Prediction)):
         if (value := getattr(answers[0], name)) is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from vitdense.config.schema import Inference
 from vitdense.data.base import DataError
 from vitdense.engine.memory import explained_answer
+from vitdense.engine.promises import numbers_of
 from vitdense.engine.runtime import autocast, to_float
 from vitdense.engine.views import Advance, Glances, segment
 from vitdense.engine.windows import window_size
@@ -70,8 +71,7 @@ def evaluate(
         if watch is not None:
             watch(batch, predictions)
     model.train(was_training)
-    # a checkpoint with numpy's floats, which a metric of one's own may give, cannot be read
-    numbers = {name: float(value) for name, value in metric.compute().items()}
+    numbers = numbers_of(metric)
     metric.reset()  # training goes on and wants the memory, mostly that of a GPU
     return numbers
 

@@ -97,7 +97,7 @@ def tell(config: Config) -> None:
     elif not entries_in(folder / "checkpoints"):
         print(f"{folder}: holds no checkpoint yet; starts from the beginning", file=sys.stderr)
     elif found := changes_of(config):
-        print(f"{folder}: goes on with another config:\n{table(found)}", file=sys.stderr)
+        print(f"{folder}: continues with a changed config:\n{table(found)}", file=sys.stderr)
 
 
 def changes_of(config: Config) -> list[Change]:

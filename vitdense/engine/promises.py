@@ -14,7 +14,7 @@ from vitdense.data.base import Dataset, Policy
 from vitdense.metrics.base import Metric
 from vitdense.models.base import Model
 from vitdense.necks.base import Neck
-from vitdense.structures import IGNORE, Prediction, Sample, Size, Target
+from vitdense.structures import IGNORE, Level, Prediction, Sample, Size, Target
 
 
 @contextmanager
@@ -23,10 +23,10 @@ def maps_watched(model: Model) -> Iterator[None]:
     sizes: list[Size] = []
 
     def look(module: Any, inputs: tuple[Any, ...], maps: Any) -> None:
-        if isinstance(module, Backbone):
+        if isinstance(module, Backbone) and inputs:  # none where it is called by keyword
             sizes.append((inputs[0].shape[-2], inputs[0].shape[-1]))
-        if sizes and (fault := _map_fault(module, maps, sizes[-1])):
-            raise ValueError(f"model.{names[module]}: {type(module).__name__} {fault}")
+        if sizes and (fault := map_fault(maps, module.levels, sizes[-1])):
+            raise ValueError(f"model.{names[module]}: {type(module).__name__}{fault}")
 
     names: dict[nn.Module, str] = {
         child: name for name, child in model.named_children() if isinstance(child, Backbone | Neck)
@@ -37,21 +37,25 @@ def maps_watched(model: Model) -> Iterator[None]:
         yield
 
 
-def _map_fault(module: Backbone | Neck, maps: Any, size: Size) -> str | None:
-    levels = module.levels
+def map_fault(maps: Any, levels: Sequence[Level], size: Size) -> str | None:
+    """How maps differ from what the levels declare; None if they do not.
+
+    Args:
+        size: (height, width) of the image that they are of.
+    """
     if not isinstance(maps, list | tuple) or len(maps) != len(levels):
         count = f" of {len(maps)}" if isinstance(maps, list | tuple) else ""
         return (
-            f"must return a list of {len(levels)} maps, one for each of its levels; it returned a "
-            f"{type(maps).__name__}{count}"
+            f".forward must return a list of {len(levels)} maps, one per level of `self.levels`; "
+            f"it returned a {type(maps).__name__}{count}"
         )
     for index, (found, level) in enumerate(zip(maps, levels, strict=True)):
-        cells = [math.ceil(side / level.stride) for side in size]
-        if list(found.shape[1:]) != [level.channels, *cells]:
+        expected = (level.channels, *(math.ceil(side / level.stride) for side in size))
+        if tuple(found.shape[1:]) != expected:
             return (
-                f"promises {level.channels} channels at stride {level.stride:g} on level {index}, "
-                f"which for an image of {size[0]} x {size[1]} is {[level.channels, *cells]}; the "
-                f"map is {list(found.shape[1:])}; correct its `levels` or its maps"
+                f": level {index} declares {level}, so an image of {size} gives a map of "
+                f"{expected}; the real one is {tuple(found.shape[1:])}. Correct `self.levels`, or "
+                "pad the input so that the map has ceil(size / stride) cells"
             )
     return None
 
@@ -64,14 +68,9 @@ def check_sample(part: Dataset | Policy, sample: Any, dataset: Dataset) -> None:
     """
     key = "data.dataset" if isinstance(part, Dataset) else "data.transforms"
     kind = type(part).__name__
-    target = getattr(sample, "target", None)
-    if not isinstance(sample, Sample) or not isinstance(target, Target):
-        inner = f" with a {type(target).__name__}" if target is not None else ""
-        raise ValueError(
-            f"{key}: {kind} must return a Sample with a Target; it returned a "
-            f"{type(sample).__name__}{inner}"
-        )
-    where = f"{key}: {kind}, {sample.path}:"
+    if fault := sample_fault(sample):
+        raise ValueError(f"{key}: {kind} {fault}")
+    target, where = sample.target, f"{key}: {kind}, {sample.path}:"
     if sample.image.ndim != 3 or len(sample.image) != dataset.channels:
         raise ValueError(
             f"{where} the image is {list(sample.image.shape)}; it must be [C, H, W] with "
@@ -80,19 +79,28 @@ def check_sample(part: Dataset | Policy, sample: Any, dataset: Dataset) -> None:
     classes = len(dataset.classes)
     for name in ("labels", "semantic"):
         values = getattr(target, name)
-        values = None if values is None else values[values != IGNORE]
-        if (
-            values is not None
-            and values.numel()
-            and not 0 <= values.min() <= values.max() < classes
-        ):
+        if values is None or not (values := values[values != IGNORE]).numel():
+            continue
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high >= classes:
             raise ValueError(
-                f"{where} {name} are {int(values.min())}..{int(values.max())}, and the {classes} "
-                f"classes are 0..{classes - 1}"
+                f"{where} {name} are {low}..{high}, and the {classes} classes are 0..{classes - 1}"
             )
     boxes = target.boxes
     if boxes is not None and bool((boxes[:, 2:] < boxes[:, :2]).any()):
         raise ValueError(f"{where} boxes must be x1, y1, x2, y2; in some x2 < x1 or y2 < y1")
+
+
+def sample_fault(sample: Any) -> str | None:
+    """What a part returned in the place of a sample; None if it is one."""
+    target = getattr(sample, "target", None)
+    if isinstance(sample, Sample) and isinstance(target, Target):
+        return None
+    inner = f" with a {type(target).__name__}" if target is not None else ""
+    return (
+        "must return a Sample with a Target, both of vitdense.structures; it returned a "
+        f"{type(sample).__name__}{inner}"
+    )
 
 
 def check_losses(model: Model, losses: Any) -> None:
@@ -121,17 +129,24 @@ def check_answers(model: Model, answers: Any, images: int) -> None:
         )
 
 
-def check_numbers(metric: Metric, headline: str, numbers: Any) -> None:
-    """Raise ValueError unless they are plain numbers by name, the headline among them."""
-    kind = type(metric).__name__
-    plain = (int, float)
-    if not isinstance(numbers, dict) or not all(isinstance(it, plain) for it in numbers.values()):
+def numbers_of(metric: Metric) -> dict[str, float]:
+    """What a metric computes, as floats of Python; raises ValueError if it is something else."""
+    found = metric.compute()
+    try:
+        # a checkpoint with numpy's floats, which a metric of one's own may give, cannot be read
+        return {name: float(value) for name, value in found.items()}
+    except (AttributeError, TypeError, ValueError):
         raise ValueError(
-            f"metric: {kind}.compute must return a dict of plain numbers by name; it returned "
-            f"{numbers!r:.80}"
-        )
-    if headline not in numbers:
+            f"metric: {type(metric).__name__}.compute must return a dict of numbers by name; it "
+            f"returned {found!r:.80}"
+        ) from None
+
+
+def check_headline(metric: Metric, headline: str, numbers: Mapping[str, float]) -> None:
+    """Raise ValueError if the number that is to choose the best model is not computed."""
+    # a few images may lack the class of a number such as IoU/cat
+    if headline not in numbers and "/" not in headline:
         raise ValueError(
-            f"metric: {kind} computes no {headline!r}, by which the best model is chosen (its "
-            f"headline, or train.best); there are {', '.join(map(str, numbers))}"
+            f"metric: {type(metric).__name__} computes no {headline!r}, by which the best model is "
+            f"chosen (its headline, or train.best); there are {', '.join(map(str, numbers))}"
         )

@@ -346,8 +346,9 @@ class Run:
     def verdict(self) -> str:
         """The best number and its step, and why the run ended if that was early."""
         name = self.headline.name
-        number = format_number(self.best.numbers.get(name))
-        text = f"{self.folder}: {name} {number}, from step {self.best.step}"
+        number = self.best.numbers.get(name)
+        found = "undefined for want of ground truth" if number is None else format_number(number)
+        text = f"{self.folder}: {name} {found}, from step {self.best.step}"
         if self.stopped_early:
             text += (
                 f"; stopped early at step {self.step}, because {self.best.waited} evaluations in "

@@ -125,7 +125,13 @@ def _mean(numbers: list[float]) -> float:
 
 
 def start(device: str = "auto") -> Runtime:
-    """Choose the device, and join the other processes if torchrun or srun started this one."""
+    """Choose the device, and join the other processes if torchrun or srun started this one.
+
+    Raises:
+        ValueError: there is no such device here, or metrics cannot be computed on it.
+    """
+    if device.startswith("mps"):
+        raise ValueError("device: mps has no float64, which metrics need; write auto or cpu")
     launch = read_launch(os.environ)
     if launch.world_size == 1:
         return Runtime(choose_device(device))
@@ -149,8 +155,11 @@ def start(device: str = "auto") -> Runtime:
     return replace(found, cores=share_of_cores(found.rank, everyone))
 
 
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
+def choose_device(name: str, local_rank: int | None = None) -> torch.device:
     """The device of that name; `auto` takes the CUDA GPU if there is one, else the CPU.
+
+    Args:
+        local_rank: of several processes, which have a GPU each; None for one alone.
 
     Raises:
         ValueError: there is no such device here.
@@ -162,16 +171,14 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     except RuntimeError:
         message = f"device: {name!r} is no device; write auto, cpu, cuda or cuda:1"
         raise ValueError(message) from None
-    if device.type == "mps":
-        raise ValueError("device: mps has no float64, which metrics need; write auto or cpu")
     if device.type == "cuda":
         count = torch.cuda.device_count()
-        if device.index not in (None, local_rank) and local_rank:
+        if local_rank is not None and device.index not in (None, local_rank):
             raise ValueError(
                 f"device: {name} is one GPU, and several processes would share it; write cuda, and "
                 "each takes its own"
             )
-        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        device = torch.device("cuda", local_rank or 0 if device.index is None else device.index)
         if device.index >= count:
             raise ValueError(f"device: {name} is not here, {count} GPUs are; write auto or cpu")
         torch.cuda.set_device(device)

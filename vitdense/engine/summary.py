@@ -104,7 +104,7 @@ def plan_rows(
     """How it learns, for how long, from how many images, where and in how much memory."""
     for index, row in enumerate(rate_rows(optimizer, model)):
         yield "" if index else config.optimizer.name, row
-    yield "rate", f"{config.schedule.name} of these highest rates, warm-up {config.schedule.warmup}"
+    yield "rate", f"{config.schedule.name} from these peak rates, warm-up {config.schedule.warmup}"
     yield from length_rows(config, data, runtime)
     yield "device", describe_device(config, runtime)
     if needs is not None:
@@ -172,7 +172,7 @@ def length_rows(config: Config, data: Data, runtime: Runtime) -> Iterator[Row]:
     else:
         assert length.steps is not None
         epochs = length.steps / length.steps_per_epoch
-        text = f"{length.steps} steps, {epochs:.3g} epochs; the time is told as it runs"
+        text = f"{length.steps} steps, {epochs:.3g} epochs; the remaining time is shown as it runs"
     yield "length", f"{text}; evaluations on top: {settings.evaluations}"
 
 

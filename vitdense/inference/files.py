@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vitdense.data.base import DataError
+from vitdense.data.coco_file import collector_paused
 from vitdense.data.images import SUFFIXES
 from vitdense.structures import Size
 
@@ -120,11 +122,12 @@ class _Listed:
             if folder not in self._of_folder:
                 self._of_folder[folder] = _read_entries(folder)
             listed = self._of_folder[folder]
-            if entry := listed.get(path.relative_to(folder).as_posix()):
+            if listed and (entry := listed.get(path.relative_to(folder).as_posix())):
                 return entry
         return self._of_folder[path.parent].get(f"*/{path.name}", (own, None))
 
 
+@collector_paused()
 def _read_entries(folder: Path) -> dict[str, Entry]:
     """Entries by file name from COCO's, this toolbox's and Roboflow's places, else none.
 
@@ -138,7 +141,7 @@ def _read_entries(folder: Path) -> dict[str, Entry]:
     ]
     entries: dict[str, Entry] = {}
     for file in (folder / "_annotations.coco.json", *places):
-        if file.is_file():
+        if os.path.isfile(file):  # no error in folders of others above
             try:
                 images = json.loads(file.read_bytes())["images"]
                 found = {Path(image["file_name"]).as_posix(): _entry(image) for image in images}

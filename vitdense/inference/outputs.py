@@ -30,13 +30,19 @@ class Detections:
     def __init__(self, out: Path, category_ids: list[int]) -> None:
         self.path = out / "predictions.json"
         self.category_ids = category_ids
-        self.results: list[dict[str, Any]] = []
+        self.texts: list[str] = []
 
     def add(self, file: ImageFile, prediction: Prediction) -> None:
-        self.results += coco_results(prediction, file.image_id, self.category_ids)
+        # text, because millions of dictionaries would take several times the memory
+        if results := coco_results(prediction, file.image_id, self.category_ids):
+            self.texts.append(json.dumps(results)[1:-1])
 
     def close(self) -> Path:
-        self.path.write_text(json.dumps(self.results), encoding="utf-8")
+        with self.path.open("w", encoding="utf-8") as file:
+            file.write("[")
+            for number, text in enumerate(self.texts):
+                file.write(f", {text}" if number else text)
+            file.write("]")
         return self.path
 
 
@@ -131,21 +137,17 @@ def coco_results(
     from vitdense.ops.masks import mask_to_rle
 
     assert prediction.scores is not None and prediction.labels is not None
-    results = []
-    for index, score in enumerate(prediction.scores.tolist()):
-        result: dict[str, Any] = {
-            "image_id": image_id,
-            "category_id": category_ids[int(prediction.labels[index])],
-            "score": score,
-        }
-        if prediction.boxes is not None:
-            x1, y1, x2, y2 = prediction.boxes[index].tolist()
+    results: list[dict[str, Any]] = [
+        {"image_id": image_id, "category_id": category_ids[label], "score": score}
+        for label, score in zip(prediction.labels.tolist(), prediction.scores.tolist(), strict=True)
+    ]
+    if prediction.boxes is not None:
+        for result, (x1, y1, x2, y2) in zip(results, prediction.boxes.tolist(), strict=True):
             # Not rounded: `vitdense score` must find what the evaluation in training found.
             result["bbox"] = [x1, y1, x2 - x1, y2 - y1]
-        if prediction.masks is not None:
-            rle = mask_to_rle(prediction.masks[index])
-            result["segmentation"] = rle
-        results.append(result)
+    if prediction.masks is not None:
+        for result, mask in zip(results, prediction.masks, strict=True):
+            result["segmentation"] = mask_to_rle(mask)
     return results
 
 

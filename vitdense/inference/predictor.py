@@ -104,7 +104,7 @@ class Predictor:
             return self.sample(images[place])
         except ValueError as error:
             message = str(error).replace("image:", f"images[{place}]:", 1)
-            raise ValueError(message) from None
+            raise ValueError(message) from error
 
     def sample(self, image: Image) -> Sample:
         """The image as the model takes it, before batching."""

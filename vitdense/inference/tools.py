@@ -158,9 +158,10 @@ def _check_options(threshold: float, batch_size: int) -> None:
 def _make_folder(out: Path, files: list[ImageFile]) -> Path:
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: {out} is a file; give a folder")
+    place = out.resolve()
     for file in files:
         # Pictures could take the place of the images, and label maps that of the truth.
-        if file.path.resolve().is_relative_to(out.resolve()):
+        if file.path.resolve().is_relative_to(place):
             raise ValueError(f"out: {out} holds {file.path}, an image to predict; name another")
     out.mkdir(parents=True, exist_ok=True)
     return out

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol, Self
 
 import numpy as np
@@ -13,6 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from vitdense.losses.classification import ClassLoss
 from vitdense.ops.boxes import cxcywh_to_xyxy, generalized_iou, xyxy_to_relative
 from vitdense.structures import Size, Target
+
+log = logging.getLogger(__name__)
 
 FAULT = -1e6
 """Replaces a cost that is not finite: such a pair is matched first, so that the loss shows it."""
@@ -119,6 +123,9 @@ def match(costs: list[Tensor], truths: Counted) -> list[Tensor]:
     """
     if not costs:
         return []
+    queries = min(cost.shape[-1] for cost in costs)
+    if max(truths.counts, default=0) > queries:
+        _warn_of_few(queries)
     device = costs[0].device
     host = copy_to_host(torch.cat([cost.flatten() for cost in costs])).numpy()
     matches = np.full(sum(cost[..., 0].numel() for cost in costs), -1)
@@ -129,6 +136,16 @@ def match(costs: list[Tensor], truths: Counted) -> list[Tensor]:
     back = torch.from_numpy(matches).to(device, non_blocking=True)
     pieces = back.split([len(place) for place in places])
     return [piece.view(cost.shape[:3]) for piece, cost in zip(pieces, costs, strict=True)]
+
+
+@cache
+def _warn_of_few(queries: int) -> None:
+    """Once for each number."""
+    log.warning(
+        "an image has more objects than the head has queries, %d: the rest are not learned; raise "
+        "model.head.queries",
+        queries,
+    )
 
 
 def _assign(costs: np.ndarray, matches: np.ndarray, counts: list[int]) -> None:

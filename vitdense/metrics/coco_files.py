@@ -15,16 +15,19 @@ import torch
 from torch import Tensor
 
 from vitdense.data.base import DataError
-from vitdense.data.coco_file import is_crowd, read_json
+from vitdense.data.coco_file import collector_paused, is_crowd, read_json
 from vitdense.data.image_labels import names_of
 from vitdense.metrics.objects import Objects
 from vitdense.ops.masks import polygon_rings
-from vitdense.ops.run_length import RunLengths, from_strings
+from vitdense.ops.run_length import RunLengths, chunks, from_strings, join
 from vitdense.structures import Size
 
 log = logging.getLogger(__name__)
 
 Kind = Literal["bbox", "segm"]
+
+MOST_LETTERS = 1 << 20
+"""Of compressed RLEs that are decoded at once: takes some 80 MB."""
 
 
 @dataclass(slots=True)
@@ -133,6 +136,7 @@ def read_results(path: Path, truth: Truth, kind: Kind) -> Objects:
     return results_of(read_list(path), path, truth, kind)
 
 
+@collector_paused()
 def read_list(path: Path) -> list[dict[str, Any]]:
     """The entries of a result file.
 
@@ -290,15 +294,19 @@ def _masks(
             strings.append(_counts(entry.get("segmentation"), size, are_results))
         except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:
             raise _fault(path, entry, f"has a segmentation that is wrong: {error}") from None
-    try:
-        return from_strings(strings, sizes)
-    except ValueError:
-        for entry, text, size in zip(entries, strings, sizes, strict=True):
-            try:
-                from_strings([text], [size])
-            except ValueError as error:
-                raise _fault(path, entry, f"has a segmentation that is wrong: {error}") from None
-        raise
+    parts = [from_strings([], [])]
+    for part in chunks(torch.tensor([len(text) for text in strings]), MOST_LETTERS):
+        try:
+            parts.append(from_strings(strings[part], sizes[part]))
+        except ValueError:
+            for entry, text, size in zip(entries[part], strings[part], sizes[part], strict=True):
+                try:
+                    from_strings([text], [size])
+                except ValueError as error:
+                    what = f"has a segmentation that is wrong: {error}"
+                    raise _fault(path, entry, what) from None
+            raise
+    return join(parts)
 
 
 def _counts(segmentation: Any, size: Size, are_results: bool) -> str | bytes:

@@ -15,6 +15,9 @@ from vitdense.ops.processes import world_size
 WAITING = 64
 """Images whose counts are searched together for those that are not 0; that waits for the device."""
 
+MOST_CELLS = 1 << 22
+"""Counts that wait for it: fewer images where the tables are of very many classes."""
+
 
 def gather(value: Any) -> list[Any]:
     """Everyone's value, by rank; of a single process, its own."""
@@ -88,7 +91,8 @@ class ImageSums:
         self._images += len(counts)
         if world_size() > 1:
             self._waiting.append(counts)
-            if sum(map(len, self._waiting)) >= WAITING:
+            cells = sum(its.numel() for its in self._waiting)
+            if sum(map(len, self._waiting)) >= WAITING or cells >= MOST_CELLS:
                 self._keep()
 
     def _keep(self) -> None:

@@ -92,18 +92,22 @@ class RunLengths:
 
     def strings(self) -> list[str]:
         """The `counts` of COCO's compressed RLE, one per mask."""
-        runs, starts = self.counts()
-        values = runs.clone()
-        relative = _places(starts, len(runs)) > 2
-        values[2:] -= torch.where(relative[2:], runs[:-2], 0)
-        shifts = 5 * torch.arange(DIGITS, device=runs.device)
-        digits = (values[:, None] >> shifts) & 31
-        rest = values[:, None] >> (shifts + 5)
-        more = torch.where((digits & 16) > 0, rest != -1, rest != 0)
-        used = F.pad(more[:, :-1], (1, 0), value=True).cumprod(1).bool()
-        letters = (digits + 32 * more + 48).to(torch.uint8)[used].cpu().numpy().tobytes().decode()
-        ends = F.pad(used.sum(1).cumsum(0), (1, 0))[starts].tolist()
-        return [letters[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+        return [text for part in self.parts() for text in _strings(part)]
+
+
+def _strings(masks: RunLengths) -> list[str]:
+    runs, starts = masks.counts()
+    values = runs.clone()
+    relative = _places(starts, len(runs)) > 2
+    values[2:] -= torch.where(relative[2:], runs[:-2], 0)
+    shifts = 5 * torch.arange(DIGITS, device=runs.device)
+    digits = (values[:, None] >> shifts) & 31
+    rest = values[:, None] >> (shifts + 5)
+    more = torch.where((digits & 16) > 0, rest != -1, rest != 0)
+    used = F.pad(more[:, :-1], (1, 0), value=True).cumprod(1).bool()
+    letters = (digits + 32 * more + 48).to(torch.uint8)[used].cpu().numpy().tobytes().decode()
+    ends = F.pad(used.sum(1).cumsum(0), (1, 0))[starts].tolist()
+    return [letters[a:b] for a, b in zip(ends, ends[1:], strict=False)]
 
 
 def _areas(masks: RunLengths) -> Tensor:

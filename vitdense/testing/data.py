@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vitdense.data.base import Dataset, Policy, shown_labels
+from vitdense.engine.promises import sample_fault
 from vitdense.structures import IGNORE, Sample, Size, Target
 from vitdense.testing import probes
 from vitdense.testing.probes import require
@@ -153,12 +154,8 @@ def _check_classes(name: str, dataset: Dataset) -> None:
 
 
 def _require_sample(what: str, sample: object) -> None:
-    target = getattr(sample, "target", None)
-    require(
-        isinstance(sample, Sample) and isinstance(target, Target),
-        f"{what} must be a Sample with a Target, both of vitdense.structures; it is a "
-        f"{type(sample).__name__}" + (f" with a {type(target).__name__}" if target else ""),
-    )
+    fault = sample_fault(sample)
+    require(fault is None, f"{what} {fault}")
 
 
 def _check_sample(name: str, sample: Sample, dataset: Dataset) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vitdense.config import contract
+from vitdense.engine.promises import map_fault
 from vitdense.structures import IGNORE, Frame, Level, Size, Target
 
 IMAGE_CLASSES = 3
@@ -141,19 +142,8 @@ def check_gradients(name: str, module: nn.Module, situation: str) -> None:
 
 def check_maps(name: str, maps: Any, levels: Sequence[Level], size: Size) -> None:
     """The maps are what the levels declare."""
-    require(
-        isinstance(maps, (list, tuple)) and len(maps) == len(levels),
-        f"{name}.forward must return a list of {len(levels)} maps, one per level of `self.levels`; "
-        f"it returned {type(maps).__name__}{_length(maps)}",
-    )
-    for index, (map_, level) in enumerate(zip(maps, levels, strict=True)):
-        expected = (level.channels, *map_size(level, size))
-        require(
-            tuple(map_.shape[1:]) == expected,
-            f"{name}: level {index} declares {level}, so an image of {size} gives a map of "
-            f"{expected}; the real one is {tuple(map_.shape[1:])}. Correct `self.levels`, or pad "
-            "the input so that the map has ceil(size / stride) cells",
-        )
+    fault = map_fault(maps, levels, size)
+    require(fault is None, f"{name}{fault}")
 
 
 def check_levels(name: str, levels: Any) -> None:
@@ -207,7 +197,3 @@ def kind(value: Any) -> Any:
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(f"'{name}'" for name in names[:3]) + more
-
-
-def _length(value: Any) -> str:
-    return f" of {len(value)}" if isinstance(value, (list, tuple)) else ""

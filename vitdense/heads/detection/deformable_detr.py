@@ -47,8 +47,8 @@ class DeformableDetrHead(QueryHead):
         box_refinement: bool = True,  # each layer corrects the boxes of the one before
         aux_loss: bool = True,  # train every decoder layer, not just the last
         max_detections: PositiveInt = 100,  # best ones kept for each image
-        score_threshold: Fraction = 0.0,  # answers of a lower score are left out; metrics want all
-        nms: Fraction | None = None,  # overlap from which the lesser box of a class is dropped
+        score_threshold: Fraction = 0.0,  # drops lower scores; keep 0 to measure AP
+        nms: Fraction | None = None,  # IoU from which a class's lower-scoring box is dropped
     ) -> None:
         super().__init__(levels, num_classes, max_detections, nms, score_threshold)
         if width % 4:

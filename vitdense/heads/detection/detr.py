@@ -58,8 +58,8 @@ class DetrHead(QueryHead):
         dropout: Fraction = 0.1,  # in every transformer layer
         aux_loss: bool = True,  # train every decoder layer, not just the last
         max_detections: PositiveInt = 100,  # best ones kept for each image
-        score_threshold: Fraction = 0.0,  # answers of a lower score are left out; metrics want all
-        nms: Fraction | None = None,  # overlap from which the lesser box of a class is dropped
+        score_threshold: Fraction = 0.0,  # drops lower scores; keep 0 to measure AP
+        nms: Fraction | None = None,  # IoU from which a class's lower-scoring box is dropped
     ) -> None:
         super().__init__(levels, num_classes, max_detections, nms, score_threshold)
         if not -len(levels) <= level < len(levels):

@@ -54,9 +54,9 @@ class LwDetrHead(QueryHead):
         ] = "iou_aware",  # of the classes
         aux_loss: bool = True,  # train every decoder layer, not just the last
         max_detections: PositiveInt = 100,  # best ones kept for each image
-        score_threshold: Fraction = 0.0,  # answers of a lower score are left out; metrics want all
-        nms: Fraction | None = None,  # overlap from which the lesser box of a class is dropped
-        masks: bool = False,  # answer instance masks too, and learn them beside the boxes
+        score_threshold: Fraction = 0.0,  # drops lower scores; keep 0 to measure AP
+        nms: Fraction | None = None,  # IoU from which a class's lower-scoring box is dropped
+        masks: bool = False,  # predict instance masks too
         mask_weight: NonNegativeFloat = 1.0,  # of their cross-entropy and dice losses; 5 for COCO
         mask_points: PositiveInt = 4096,  # points of a mask that matching and loss look at
     ) -> None:
