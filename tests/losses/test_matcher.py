@@ -106,6 +106,7 @@ def test_no_truth_at_all_matches_nothing():
 
 
 def test_more_objects_than_queries_are_told_once(caplog):
+    module._warn_of_few.cache_clear()  # other tests may have been told
     truths = Truths.from_targets(make_targets((3, 7)), CANVAS)
     for queries in (7, 6, 6):
         (found,) = match([torch.rand(2, 2, 7, queries)], truths)
